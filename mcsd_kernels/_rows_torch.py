@@ -1,0 +1,345 @@
+"""Rows of logits as probability laws, on any device torch runs on: statistics, cut-offs, residual masses, draws.
+
+Vocabulary-wide work is torch on the rows' own device, into buffers kept between calls; what is left of a row is a few
+numbers, which live in NumPy on the host. A chunk holds so few rows that its buffers stay in the cache.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+
+from ._rules import Draw, Mass
+from .types import DRAW_BLOCK, Status
+
+# float32 entries of one scratch buffer: 8 MiB, about a core's share of the last cache level
+_CHUNK_ENTRIES = 1 << 21
+_FIRST_TOP_P_SLICE = 64
+
+Array = np.ndarray[Any, Any]
+
+
+class Sampling:
+    """`SamplingParams` as four float64 arrays, one entry a request.
+
+    Args:
+        temperature, top_k, top_p, min_p: `[count]`.
+        plain: 1 / temperature if that is one number and no request filters, else None: the common case, which needs
+            none of the arrays.
+    """
+
+    def __init__(self, temperature: Array, top_k: Array, top_p: Array, min_p: Array, plain: float | None) -> None:
+        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
+        self.plain = plain
+
+    def take(self, index: list[int]) -> Sampling:
+        """The parameters of some requests."""
+        if self.plain is not None:
+            return self
+        return Sampling(self.temperature[index], self.top_k[index], self.top_p[index], self.min_p[index], None)
+
+    @staticmethod
+    def on_host(numbers: list[float], tensors: list[torch.Tensor | None], count: int) -> Sampling:
+        """The four parameters of `count` requests; a tensor wins over the number in its place."""
+        temperature, top_k, top_p, min_p = numbers
+        unfiltered = temperature > 0 and top_k == 0 and top_p == 1 and min_p == 0
+        plain = 1.0 / temperature if unfiltered and not any(t is not None for t in tensors) else None
+        arrays = (
+            np.broadcast_to(np.float64(number) if tensor is None else host(tensor.double()), (count,))
+            for number, tensor in zip(numbers, tensors, strict=True)
+        )
+        return Sampling(*arrays, plain)
+
+    def out_of_range(self) -> Array | bool:
+        """`[count]` bool: requests with a parameter outside its range, NaN included."""
+        if self.plain is not None:
+            return False
+        return ~(
+            (self.temperature >= 0)
+            & np.isfinite(self.temperature)
+            & (self.top_k >= 0)
+            & (self.top_p > 0)
+            & (self.top_p <= 1)
+            & (self.min_p >= 0)
+            & (self.min_p <= 1)
+        )
+
+
+def host(tensor: torch.Tensor) -> Array:
+    """`tensor` as a NumPy array: a view on the CPU, a copy from any other device."""
+    return tensor.detach().cpu().numpy()
+
+
+def chunk_rows(vocab: int) -> int:
+    """How many rows one chunk may hold."""
+    return max(1, _CHUNK_ENTRIES // vocab)
+
+
+class _Scratch(threading.local):
+    """Buffers kept between calls, one of each name a thread; a fresh allocation costs more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def __call__(self, name: str, rows: int, width: int, device: torch.device) -> torch.Tensor:
+        kept = self._kept.get(name)
+        if kept is None or kept.shape[1] != width or kept.shape[0] < rows or kept.device != device:
+            kept = torch.zeros(rows, width, dtype=torch.float32, device=device)
+            self._kept[name] = kept
+        return kept[:rows]
+
+
+_scratch = _Scratch()
+
+
+def buffers(rows: int, vocab: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Room for p and q, `[rows, vocab]` each, and for weights, padded with zeros to whole draw blocks.
+
+    They are kept between calls: the next call on this thread gets the same memory.
+    """
+    padded = -(-vocab // DRAW_BLOCK) * DRAW_BLOCK
+    weights = _scratch("weights", rows, padded, device)
+    if padded > vocab:
+        weights[:, vocab:].zero_()  # another vocabulary may have been here
+    return _scratch("p", rows, vocab, device), _scratch("q", rows, vocab, device), weights
+
+
+def law(
+    logits: torch.Tensor, sampling: Sampling, buffer: torch.Tensor, slots: list[int] | None
+) -> list[Status] | None:
+    """Write the law of each row of logits into the buffer.
+
+    Args:
+        logits: `[rows, vocab]` f16, bf16 or f32; not written.
+        sampling: of the rows.
+        buffer: `[slots, vocab]` f32.
+        slots: where the rows go; None: into the first ones, in order.
+
+    Returns:
+        what is wrong with each row (such a row has no mass in the buffer), or None if all are sound.
+    """
+    rows, vocab = logits.shape
+    device = logits.device
+    if slots is None:
+        out = buffer[:rows]
+    elif rows == 1:
+        out = buffer[slots[0] : slots[0] + 1]
+    else:
+        out = _scratch("law", rows, vocab, device)
+    if sampling.plain is not None:
+        source = logits if logits.dtype == torch.float32 else out.copy_(logits)
+        if sampling.plain != 1.0:
+            source = torch.mul(source, sampling.plain, out=out)
+        torch.softmax(source, -1, out=out)
+        status = _broken(out, logits)
+    else:
+        status = _general_law(logits, sampling, out)
+    if slots is not None and rows > 1:
+        buffer.index_copy_(0, torch.tensor(slots, device=device), out)
+    return status
+
+
+def _broken(laws: torch.Tensor, logits: torch.Tensor) -> list[Status] | None:
+    """Find the rows that softmax has turned into NaN, and clear them so that they can spoil no sum."""
+    first = laws[:, 0].tolist()
+    if not any(x != x for x in first):
+        return None
+    index = np.flatnonzero(np.isnan(first))
+    status = np.zeros(len(first), np.int64)
+    status[index] = _diagnose(logits, index)
+    laws[torch.from_numpy(index).to(laws.device)] = 0.0
+    return [Status(bits) for bits in status.tolist()]
+
+
+def _general_law(logits: torch.Tensor, sampling: Sampling, out: torch.Tensor) -> list[Status] | None:
+    rows, vocab = logits.shape
+    greedy = sampling.temperature == 0
+    source = out.copy_(logits)
+    scale = np.divide(1.0, sampling.temperature, where=~greedy, out=np.ones(rows)).astype(np.float32)
+    limited = (sampling.top_k > 0) & (sampling.top_k < vocab)
+    if ((limited | (sampling.top_p < 1) | (sampling.min_p > 0)) & ~greedy).any():
+        source.masked_fill_(source < _column(cutoffs(source, scale, sampling), logits.device), -torch.inf)
+    source.mul_(_column(scale, logits.device))
+    torch.softmax(source, -1, out=out)
+    if greedy.any():
+        index = np.flatnonzero(greedy)
+        _one_hot(logits, index, out)
+    return _broken(out, logits)
+
+
+def _one_hot(logits: torch.Tensor, index: Array, out: torch.Tensor) -> None:
+    """Make the rows in `index` one-hot at their argmax; a row without one becomes NaN."""
+    rows = take(logits, index).float()
+    top = rows.amax(-1)
+    where = torch.from_numpy(index).to(logits.device)
+    out[where] = torch.where(torch.isfinite(top), 0.0, torch.nan)[:, None]
+    position = first_argmax(rows, top)
+    out[where, position] += 1.0
+
+
+def first_argmax(rows: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    """`[rows]` int64: the lowest index that holds the row's maximum `top`; NumPy's is vectorised, torch's is not."""
+    if rows.device.type == "cpu":
+        return torch.from_numpy(rows.numpy().argmax(-1))
+    return (rows == top[:, None]).to(torch.uint8).argmax(-1)
+
+
+def _diagnose(logits: torch.Tensor, index: Array) -> Array:
+    """NAN_ROW for a row with NaN or +inf, EMPTY_ROW for one of -inf alone, 0 for a sound one."""
+    top = host(take(logits, index).float().amax(-1))
+    return np.where(top == -np.inf, int(Status.EMPTY_ROW), np.where(np.isfinite(top), 0, int(Status.NAN_ROW)))
+
+
+def cutoffs(logits: torch.Tensor, scale: Array, sampling: Sampling) -> Array:
+    """The lowest logit that each row's filters keep; -inf where nothing is filtered.
+
+    Args:
+        logits: `[rows, vocab]` f32.
+        scale: `[rows]`, 1 / temperature.
+        sampling: four `[rows]` arrays.
+
+    Returns:
+        `[rows]` f32, in the units of `logits`.
+    """
+    rows, vocab = logits.shape
+    cut = np.full(rows, -np.inf, np.float32)
+    limit = np.where((sampling.top_k > 0) & (sampling.top_k < vocab), sampling.top_k, vocab).astype(np.int64)
+    some = np.flatnonzero(limit < vocab)
+    if some.size:
+        largest = host(take(logits, some).topk(int(limit[some].max()), -1).values)
+        cut[some] = largest[np.arange(some.size), limit[some] - 1]
+    some = np.flatnonzero(sampling.top_p < 1)
+    if some.size:
+        cut[some] = np.maximum(cut[some], _top_p(take(logits, some), scale[some], cut[some], sampling.top_p[some]))
+    some = np.flatnonzero(sampling.min_p > 0)
+    if some.size:
+        top = host(take(logits, some).amax(-1))
+        below = np.log(sampling.min_p[some]) / scale[some]
+        cut[some] = np.maximum(cut[some], (top + below).astype(np.float32))
+    return cut
+
+
+def _top_p(logits: torch.Tensor, scale: Array, cut: Array, top_p: Array) -> Array:
+    """The smallest logit with less than `top_p` of the kept mass strictly above it.
+
+    Only the head of the row is sorted; the head grows until it holds `top_p` of the mass.
+    """
+    rows, vocab = logits.shape
+    weights = (logits - logits.amax(-1, keepdim=True)).mul_(_column(scale, logits.device)).exp_()
+    weights.masked_fill_(logits < _column(cut, logits.device), 0.0)
+    wanted = top_p * host(weights.sum(-1, dtype=torch.float64))
+    size = min(_FIRST_TOP_P_SLICE, vocab)
+    while True:
+        head, index = logits.topk(size, -1)
+        above = np.cumsum(host(weights.gather(-1, index)), axis=-1, dtype=np.float64)
+        if size == vocab or (above[:, -1] >= wanted).all():
+            break
+        size = min(size * 8, vocab)
+    strictly_before = np.concatenate([np.zeros((rows, 1)), above[:, :-1]], axis=1)
+    last = (strictly_before < wanted[:, None]).sum(-1) - 1
+    return host(head)[np.arange(rows), np.maximum(last, 0)]
+
+
+def take(rows: torch.Tensor, index: Array) -> torch.Tensor:
+    """`rows[index]`, without a copy where that is every row in order."""
+    if len(index) == rows.shape[0] and bool((index == np.arange(len(index))).all()):
+        return rows
+    return rows[torch.from_numpy(index).to(rows.device)]
+
+
+def _column(values: Array, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(device)[:, None]
+
+
+def read(buffer: torch.Tensor, slots: list[int], tokens: list[int]) -> list[float]:
+    """`buffer[slot, token]` for each pair, on the host."""
+    if not slots:
+        return []
+    if buffer.device.type == "cpu":
+        rows = buffer.numpy()
+        return [rows.item(slot, token) for slot, token in zip(slots, tokens, strict=True)]
+    index = torch.tensor([slots, tokens], device=buffer.device)
+    found: list[float] = buffer[index[0], index[1]].tolist()
+    return found
+
+
+def residual(
+    p: torch.Tensor, q: torch.Tensor, slots: list[int], wants: list[Mass | Draw], weights: torch.Tensor
+) -> Array:
+    """Fill the first rows of `weights` with (p - beta / w q)_+, or q where w is 0, and sum their blocks.
+
+    Args:
+        p, q: `[slots, vocab]` f32.
+        slots: the row of p and q that each entry of `wants` is about.
+        wants: w, beta and the tokens to leave out, a row each.
+        weights: `[rows, padded vocab]` f32.
+
+    Returns:
+        `[rows, blocks]` f32, the mass of each run of `DRAW_BLOCK` weights.
+    """
+    rows, vocab = len(slots), p.shape[1]
+    if rows == 1:
+        w, beta, without = wants[0]
+        out = weights[0, :vocab]
+        if w == 0.0:
+            out.copy_(q[slots[0]])
+        elif beta == 0.0:
+            out.copy_(p[slots[0]])
+        else:
+            torch.sub(p[slots[0]], q[slots[0]], alpha=beta / w, out=out)
+            out.clamp_(min=0.0)
+        for token in without:
+            out[token] = 0.0
+    else:
+        device = p.device
+        index = np.array(slots)
+        beta_over_w = [want.beta / (want.w or 1.0) for want in wants]
+        use_p = _column(np.array([float(want.w != 0.0) for want in wants]), device)
+        out = weights[:rows, :vocab]
+        if any(beta_over_w):
+            torch.mul(take(p, index), use_p, out=out)
+            out.addcmul_(take(q, index), _column(-np.array(beta_over_w), device)).clamp_(min=0.0)
+        else:
+            out.copy_(take(p, index))
+        pairs = [(row, token) for row, want in enumerate(wants) for token in want.without]
+        if pairs:
+            at = torch.tensor(pairs, device=device)
+            out[at[:, 0], at[:, 1]] = 0.0
+    return host(weights[:rows].view(rows, -1, DRAW_BLOCK).sum(-1))
+
+
+def draw(weights: torch.Tensor, masses: Array, u_block: Array, u_place: Array) -> list[int]:
+    """One token from each row of non-negative weights, by inverse CDF in two steps.
+
+    Args:
+        weights: `[rows, padded vocab]` f32.
+        masses: `[rows, blocks]`, the sums of its blocks.
+        u_block, u_place: `[rows]` in [0, 1): they pick the block and the place in it.
+
+    Returns:
+        the tokens, each of positive weight; where a row has no mass, any.
+    """
+    block = _first_above(masses, u_block)
+    if len(masses) == 1:
+        start = int(block[0]) * DRAW_BLOCK
+        inside = host(weights[:1, start : start + DRAW_BLOCK])
+    else:
+        blocks = weights.view(len(masses), -1, DRAW_BLOCK)
+        index = torch.from_numpy(np.stack([np.arange(len(masses)), block])).to(weights.device)
+        inside = host(blocks[index[0], index[1]])
+    found: list[int] = (block * DRAW_BLOCK + _first_above(inside, u_place)).tolist()
+    return found
+
+
+def _first_above(weights: Array, u: Array) -> Array:
+    """`[rows]`: the first index whose cumulative weight exceeds u times the total; never one of weight zero."""
+    above = np.cumsum(weights, axis=1)
+    index = (above <= (u * above[:, -1])[:, None]).sum(1)
+    lost = index == weights.shape[1]  # u * total rounded up to the total
+    if lost.any():
+        last = weights.shape[1] - 1 - (weights[:, ::-1] > 0).argmax(1)
+        index = np.where(lost, last, index)
+    return index

@@ -1,0 +1,304 @@
+"""The verification rules as scalar programs: what `docs/algorithm.md` derives, for one request, without a vocabulary.
+
+A rule is a generator. It asks for what needs a pass over the vocabulary by yielding one of three requests, and is sent
+the answer; everything else is arithmetic on a few numbers. So one program serves a single request and a batch, whose
+requests then share their passes. Letters (p, q, beta, S, Z, w, kappa, c) are those of `docs/algorithm.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple
+
+MISSING = -1
+_SMALL_DRAFT_MASS = 1e-6
+
+
+class Rows(NamedTuple):
+    """Load p and q of a node; answered with (p(x), q(x)) of the tokens, as two lists."""
+
+    node: int
+    tokens: list[int]
+
+
+class Mass(NamedTuple):
+    """Sum of (w p - beta q)_+ over the tokens outside `without`; w = 0, beta = -1 is the mass of q."""
+
+    w: float
+    beta: float
+    without: tuple[int, ...] = ()
+
+
+class Draw(NamedTuple):
+    """One token from (w p - beta q)_+ outside `without`; answered with the token, None where there is no mass."""
+
+    w: float
+    beta: float
+    without: tuple[int, ...] = ()
+
+
+Child = tuple[int, int]  # node id, token or MISSING
+Step = Generator[Rows | Mass | Draw, Any, Any]
+
+
+class Tree:
+    """One request's tree and coins, and the path accepted so far.
+
+    Args:
+        children: (node, its depth) -> its (id, token) in draw order, a missing candidate as (id, MISSING); none where
+            all are missing.
+        uniforms: `nodes + 2` numbers; entry i is node i's coin.
+        is_virtual: node -> whether it has no target row.
+    """
+
+    def __init__(
+        self, children: Callable[[int, int], list[Child]], uniforms: list[float], is_virtual: Callable[[int], bool]
+    ) -> None:
+        self.children, self.uniforms, self.is_virtual = children, uniforms, is_virtual
+        self.path = [0]
+
+
+def recursive(tree: Tree, proposal: str) -> Step:
+    """Top down: test the children of the current node in turn; move to the one accepted, or draw and stop.
+
+    Returns:
+        the last token; `tree.path` holds the accepted nodes.
+    """
+    test = _RECURSIVE[proposal]
+    node = 0
+    while True:
+        siblings = tree.children(node, len(tree.path) - 1)
+        p, q = yield Rows(node, [token for _, token in siblings])
+        if not siblings:
+            return (yield Draw(1.0, 0.0))
+        chosen = yield from test(tree.uniforms, siblings, p, q)
+        if isinstance(chosen, int):
+            return chosen
+        node, token = chosen
+        if tree.is_virtual(node):
+            return token
+        tree.path.append(node)
+
+
+def _test_without_replacement(u: list[float], siblings: list[Child], p: list[float], q: list[float]) -> Step:
+    return (yield from _test_drawn(u, siblings, p, q, False))
+
+
+def _test_with_replacement(u: list[float], siblings: list[Child], p: list[float], q: list[float]) -> Step:
+    return (yield from _test_drawn(u, siblings, p, q, True))
+
+
+def _test_drawn(u: list[float], siblings: list[Child], p: list[float], q: list[float], replaced: bool) -> Step:
+    """The accepted child, or the token drawn after all were rejected."""
+    beta, S, Z = 0.0, 1.0, 1.0
+    tried: list[int] = []
+    for i, (node, x) in enumerate(siblings):
+        if x == MISSING:
+            continue
+        if u[node] * q[i] * S < max(p[i] - beta * q[i], 0.0) * Z:
+            return node, x
+        next_beta = beta + S / Z
+        next_S = yield Mass(1.0, next_beta)
+        if next_S <= 0.0:  # rounding, or a token that cannot have been drawn
+            if p[i] > 0.0:
+                return node, x
+            continue
+        beta, S = next_beta, next_S
+        if not replaced:
+            tried.append(x)
+            Z -= q[i]
+            if Z < _SMALL_DRAFT_MASS and i + 1 < len(siblings):
+                Z = yield Mass(0.0, -1.0, tuple(tried))
+                if Z <= 0.0:
+                    break
+    return (yield Draw(1.0, beta))
+
+
+def _test_point(u: list[float], siblings: list[Child], p: list[float], q: list[float]) -> Step:
+    """Deterministic children: each is offered its own mass."""
+    return (yield from _spend(u, _distinct(siblings, p), 1.0, Draw(1.0, 0.0), None))
+
+
+def _test_greedy(u: list[float], siblings: list[Child], p: list[float], q: list[float]) -> Step:
+    """The drawn child first, then the most probable ones, each of which is offered its own mass."""
+    top = _distinct(siblings[:-1], p)
+    T = tuple(x for _, x, _ in top)
+    (node, x), px, qx = siblings[-1], p[-1], q[-1]
+    beta, tested = 0.0, None
+    if x != MISSING and x not in T:
+        beta = yield from _inverse_mass(T)
+        if u[node] * qx * beta < px:
+            return node, x
+        tested = (node, x) if px > 0.0 else None
+    R = yield Mass(1.0, beta, T)
+    left = sum(pt for _, _, pt in top) + R
+    if left <= 0.0:
+        if tested:
+            return tested
+        beta, left = 0.0, 1.0
+    return (yield from _spend(u, top, left, Draw(1.0, beta, T), tested))
+
+
+def _inverse_mass(T: tuple[int, ...]) -> Step:
+    """1 / (mass of q outside T), so that q' = q times this; 0 where nothing is left to draw."""
+    mass = (yield Mass(0.0, -1.0, T)) if T else 1.0
+    return 1.0 / mass if mass > 0.0 else 0.0
+
+
+def _distinct(siblings: list[Child], p: list[float]) -> list[tuple[int, int, float]]:
+    """(node, token, p) of the siblings that are there and repeat no earlier one."""
+    found: dict[int, tuple[int, int, float]] = {}
+    for (node, x), px in zip(siblings, p, strict=False):
+        if x != MISSING:
+            found.setdefault(x, (node, x, px))
+    return list(found.values())
+
+
+def _spend(
+    u: list[float], offers: list[tuple[int, int, float]], left: float, final: Draw, tested: Child | None
+) -> Step:
+    """Offer each candidate its share of what is `left`; a refused share is gone. At the end, the final draw."""
+    for node, x, share in offers:
+        if u[node] * left < share:
+            return node, x
+        if share > 0.0:
+            tested = node, x
+            if left - share <= 0.0:
+                return tested
+            left -= share
+    without = tuple(x for _, x, _ in offers)
+    token = yield final._replace(without=without)
+    return tested if token is None else token
+
+
+_RECURSIVE: dict[str, Callable[[list[float], list[Child], list[float], list[float]], Step]] = {
+    "without_replacement": _test_without_replacement,
+    "with_replacement": _test_with_replacement,
+    "greedy": _test_greedy,
+    "point": _test_point,
+}
+
+
+def traversal(tree: Tree, proposal: str) -> Step:
+    """Bottom up: enter the children depth first with a weight each; stop at the first node whose coin says so.
+
+    The root always stops. A virtual node is a leaf whose stop emits its own token.
+
+    Returns:
+        the last token; `tree.path` holds the accepted nodes.
+    """
+    return (yield from _enter(tree, proposal, [0], 1.0))
+
+
+def _enter(tree: Tree, proposal: str, path: list[int], w: float) -> Step:
+    """The token emitted in the subtree under the last node of `path`, or None: it failed back to its parent."""
+    siblings = tree.children(path[-1], len(path) - 1)
+    rows = Rows(path[-1], [token for _, token in siblings])
+    visit = _Visit(tree, proposal, path, w, siblings, rows)
+    p, q = yield rows
+    if not siblings:
+        return (yield from visit.stop(1.0, w, Draw(1.0, 0.0), None))
+    if proposal == "point":
+        return (yield from visit.offer(_distinct(siblings, p), 1.0, 0.0, None))
+    if proposal == "greedy":
+        return (yield from _visit_greedy(visit, p, q))
+    return (yield from _visit_drawn(visit, p, q, proposal == "with_replacement"))
+
+
+class _Visit:
+    """One node entered with weight w: its children, and the two things that can end there."""
+
+    def __init__(
+        self, tree: Tree, proposal: str, path: list[int], w: float, siblings: list[Child], rows: Rows
+    ) -> None:
+        self.tree, self.proposal, self.path, self.w = tree, proposal, path, w
+        self.siblings, self.rows = siblings, rows
+
+    def enter(self, child: Child, scale: float, mass: float) -> Step:
+        """Enter a child with weight min(1, mass / scale); None: it failed, and this node's rows are loaded again."""
+        if mass <= scale * _NO_WEIGHT:
+            return None
+        node, x = child
+        w = 1.0 if mass >= scale else mass / scale
+        if self.tree.is_virtual(node):
+            if self.tree.uniforms[node] < w:
+                self.tree.path = self.path
+                return x
+            return None
+        token = yield from _enter(self.tree, self.proposal, [*self.path, node], w)
+        if token is None:
+            yield self.rows
+        return token
+
+    def stop(self, scale: float, mass: float, final: Draw, tested: Child | None) -> Step:
+        """Stop here with probability mass / scale, with the final draw; the root always does."""
+        node = self.path[-1]
+        if len(self.path) > 1 and not self.tree.uniforms[node] * scale < mass:
+            return None
+        self.tree.path = self.path
+        token = yield final
+        return tested[1] if token is None and tested else token
+
+    def offer(self, offers: list[tuple[int, int, float]], left: float, beta: float, tested: Child | None) -> Step:
+        """Offer each candidate its share of what is `left`, then stop with what remains of p."""
+        for node, x, px in offers:
+            share = self.w * px
+            token = yield from self.enter((node, x), left, share)
+            if token is not None:
+                return token
+            if px > 0.0:
+                tested = node, x
+            if left - share > 0.0:
+                left -= share
+        final = Draw(self.w, beta, tuple(x for _, x, _ in offers))
+        R = yield Mass(*final)
+        return (yield from self.stop(left, R, final, tested))
+
+
+def _visit_drawn(visit: _Visit, p: list[float], q: list[float], replaced: bool) -> Step:
+    w = visit.w
+    beta, kappa, Z, c = 0.0, 1.0, 1.0, w
+    tried: list[int] = []
+    for i, (node, x) in enumerate(visit.siblings):
+        if x == MISSING:
+            continue
+        token = yield from visit.enter((node, x), q[i], kappa * max(w * p[i] - beta * q[i], 0.0) * Z)
+        if token is not None:
+            return token
+        next_beta = beta + 1.0 / (kappa * Z)
+        s = kappa * (yield Mass(w, next_beta))
+        if s + 1.0 - c <= 0.0:  # w = 1 and nothing is left: rounding
+            continue
+        beta, kappa, c = next_beta, kappa / (s + 1.0 - c), s / (s + 1.0 - c)
+        if not replaced:
+            tried.append(x)
+            Z -= q[i]
+            if Z < _SMALL_DRAFT_MASS and i + 1 < len(visit.siblings):
+                Z = yield Mass(0.0, -1.0, tuple(tried))
+                if Z <= 0.0:
+                    break
+    return (yield from visit.stop(1.0, c, Draw(w, beta), None))
+
+
+def _visit_greedy(visit: _Visit, p: list[float], q: list[float]) -> Step:
+    w = visit.w
+    top = _distinct(visit.siblings[:-1], p)
+    T = tuple(x for _, x, _ in top)
+    (node, x), px, qx = visit.siblings[-1], p[-1], q[-1]
+    beta, tested = 0.0, None
+    if x != MISSING and x not in T:
+        beta = yield from _inverse_mass(T)
+        token = yield from visit.enter((node, x), qx * beta, w * px)
+        if token is not None:
+            return token
+        tested = (node, x) if px > 0.0 else None
+    left = 1.0 - w + w * sum(pt for _, _, pt in top) + (yield Mass(w, beta, T))
+    if left <= 0.0:
+        beta, left = 0.0, 1.0
+    return (yield from visit.offer(top, left, beta, tested))
+
+
+# a child entered with less than this share would be accepted less than once in 1e30 visits
+_NO_WEIGHT = 1e-30
+
+RULES: dict[str, Callable[[Tree, str], Step]] = {"recursive": recursive, "traversal": traversal}

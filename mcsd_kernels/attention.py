@@ -1,0 +1,190 @@
+"""`tree_attention`: attention of a token tree's nodes to their prefix and their ancestors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from . import _checks as check
+from ._library import operator
+from .tree import dense_mask, unpack_bits
+
+
+def tree_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ancestors: torch.Tensor,
+    prefix_lengths: torch.Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    block_table: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of tree nodes over a key-value cache that holds the prefix and then the tree's nodes.
+
+    Node i sees every prefix slot, itself and its ancestors. Its position is prefix + depth(i), and so is that of the
+    node in a tree slot; a sliding window counts these positions, not slots.
+
+    Args:
+        query: `[batch, q_heads, rows, head_dim]`, f16, bf16 or f32; the rows are the nodes of a tree, or some of them
+            (one level), in the order of `ancestors`.
+        key, value: `[batch, kv_heads, slots, head_dim]`, q_heads a multiple of kv_heads. Request b's prefix fills slots
+            0 to prefix_lengths[b] - 1, its node j lies in slot prefix_lengths[b] + j; later slots are not read. With
+            `block_table`: `[blocks, kv_heads, block_size, head_dim]`.
+        ancestors: `[batch or 1, rows, words]` int32, from `ancestor_bits`: bit j of row i says that row i sees node j.
+        prefix_lengths: `[batch]` int32 or int64, in slots.
+        scale: of the scores; None: 1 / sqrt(head_dim).
+        window: a key is seen if its position is less than this behind the query's; None: no limit.
+        softcap: scores become softcap * tanh(score / softcap); None: they do not.
+        block_table: `[batch, blocks a request]` int32 or int64: slot s of request b is entry s % block_size of block
+            block_table[b, s // block_size].
+        sinks: `[q_heads]`, a score a head that takes part in the softmax and has no value; None: none.
+
+    Returns:
+        like `query`. A row that sees nothing is zero.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or number.
+    """
+    check.tensor("query", query, (None, None, None, None), check.FLOATS)
+    batch, heads, rows, width = query.shape
+    check.tensor("key", key, (batch if block_table is None else None, None, None, width), (query.dtype,))
+    check.tensor("value", value, (*key.shape[:3], None), (query.dtype,))
+    if key.shape[1] == 0 or heads % key.shape[1]:
+        raise ValueError(f"query: expected q_heads to be a multiple of kv_heads {key.shape[1]}, got {heads}")
+    words = ancestors.shape[-1] if isinstance(ancestors, torch.Tensor) and ancestors.dim() == 3 else None
+    check.tensor("ancestors", ancestors, (None, rows, words), (torch.int32,))
+    if ancestors.shape[0] not in (1, batch):
+        raise ValueError(f"ancestors: expected a first axis of 1 or {batch}, got {ancestors.shape[0]}")
+    check.tensor("prefix_lengths", prefix_lengths, (batch,), check.INTEGERS)
+    if block_table is not None:
+        check.tensor("block_table", block_table, (batch, None), check.INTEGERS)
+    if sinks is not None:
+        check.tensor("sinks", sinks, (heads,), check.FLOATS)
+    check.same_device(
+        "query",
+        query,
+        {
+            "key": key,
+            "value": value,
+            "ancestors": ancestors,
+            "prefix_lengths": prefix_lengths,
+            "block_table": block_table,
+            "sinks": sinks,
+        },
+    )
+    if window is not None:
+        check.whole("window", window, 1)
+    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+        raise ValueError(f"scale: expected a finite number or None, got {scale!r}")
+    if softcap is not None and not (isinstance(softcap, (int, float)) and softcap > 0):
+        raise ValueError(f"softcap: expected a positive number or None, got {softcap!r}")
+    output: torch.Tensor = _OPERATOR(
+        query,
+        key,
+        value,
+        ancestors,
+        prefix_lengths,
+        width**-0.5 if scale is None else float(scale),
+        window,
+        softcap,
+        block_table,
+        sinks,
+    )
+    return output
+
+
+def _tree_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ancestors: torch.Tensor,
+    prefix_lengths: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    block_table: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    batch, heads, rows, _ = query.shape
+    if block_table is not None:
+        key, value = _gather_blocks(key, block_table), _gather_blocks(value, block_table)
+    nodes = min(ancestors.shape[-1] * 32, key.shape[2])
+    used = key.shape[2]
+    if query.device.type == "cpu" and batch:
+        used = min(used, int(prefix_lengths.max()) + nodes)
+    key, value = key[:, :, :used], value[:, :, :used]
+    prefix = prefix_lengths.long()
+    visible = unpack_bits(ancestors, nodes)
+    mask = dense_mask(visible, prefix, used)
+    if window is not None:
+        mask &= _inside_window(visible, ancestors, prefix, used, window)
+    mask = mask[:, None]
+    if softcap is None and sinks is None:
+        grouped = heads != key.shape[1]
+        output = F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=grouped)
+        return torch.where(mask.any(-1, keepdim=True), output, 0.0) if window is not None else output
+    group = heads // key.shape[1]
+    key, value = key.repeat_interleave(group, 1).float(), value.repeat_interleave(group, 1).float()
+    scores = (query.float() @ key.transpose(-1, -2)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    if sinks is not None:
+        top = torch.maximum(top, sinks.float()[None, :, None, None])
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks.float()[None, :, None, None] - top)
+    # a row that sees nothing has a total of 0 and weights of 0
+    output = (weights @ value) / torch.where(total > 0, total, 1.0)
+    return output.to(query.dtype)
+
+
+def _gather_blocks(cache: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
+    """`[batch, kv_heads, blocks * block_size, head_dim]`; entries outside the cache, past a request's end, are clamped."""
+    pages = cache[block_table.long().clamp(0, cache.shape[0] - 1)]  # [batch, blocks, heads, block_size, dim]
+    return pages.transpose(1, 2).flatten(2, 3)
+
+
+def _inside_window(
+    visible: torch.Tensor, ancestors: torch.Tensor, prefix: torch.Tensor, used: int, window: int
+) -> torch.Tensor:
+    """`[batch, rows, used]` bool: slots less than `window` positions behind each row's own."""
+    depth = visible.sum(-1) - 1  # [batch or 1, rows]
+    slot = torch.arange(used, device=prefix.device)
+    position = prefix[:, None] + depth
+    in_prefix = position[..., None] - slot < window
+    # an ancestor's depth is the number of ancestors of this row with a lower id: bits run upwards along a path
+    steps = visible.sum(-1, keepdim=True) - visible.cumsum(-1)
+    near = dense_mask(visible & (steps < window), prefix, used)
+    return torch.where(slot < prefix[:, None, None], in_prefix, near)
+
+
+def _fake(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ancestors: torch.Tensor,
+    prefix_lengths: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    block_table: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[-1])
+
+
+_OPERATOR = operator(
+    "tree_attention(Tensor query, Tensor key, Tensor value, Tensor ancestors, Tensor prefix_lengths, float scale,"
+    " SymInt? window, float? softcap, Tensor? block_table, Tensor? sinks) -> Tensor",
+    _tree_attention,
+    _fake,
+)

@@ -1,0 +1,165 @@
+"""Token trees: ancestor bits, the dense attention mask, and moving the accepted path inside a key-value cache."""
+
+from __future__ import annotations
+
+import torch
+
+from . import _checks as check
+from ._library import operator
+
+
+def ancestor_bits(parents: torch.Tensor) -> torch.Tensor:
+    """Which nodes of its tree each node may attend to, as packed bits.
+
+    Args:
+        parents: `[nodes]` or `[batch, nodes]` int32 or int64; ``parents[0] = -1``, ``parents[i] < i``, -1 for padding.
+            A parent that is out of order counts as -1.
+
+    Returns:
+        `[batch, nodes, ceil(nodes / 32)]` int32 (batch is 1 for `[nodes]`): bit j % 32 of word j // 32 of row i is set
+        if j is i or an ancestor of i.
+
+    Raises:
+        ValueError: a wrong shape or dtype.
+    """
+    _check_parents(parents)
+    bits: torch.Tensor = _ANCESTOR_BITS(parents)
+    return bits
+
+
+def tree_attention_mask(parents: torch.Tensor, prefix_lengths: torch.Tensor, total: int) -> torch.Tensor:
+    """The dense attention mask of token trees whose nodes follow their prefix, for SDPA and (made additive) eager.
+
+    Args:
+        parents: `[nodes]` or `[batch, nodes]`, as for `ancestor_bits`.
+        prefix_lengths: `[batch]` int32 or int64: request b's prefix fills slots 0 to prefix_lengths[b] - 1, its node j
+            lies in slot prefix_lengths[b] + j.
+        total: slots, the size of the key axis.
+
+    Returns:
+        `[batch, 1, nodes, total]` bool: true at the prefix and at the node's ancestors and itself.
+
+    Raises:
+        ValueError: a wrong shape or dtype, or `total` below the number of nodes.
+    """
+    _check_parents(parents)
+    check.tensor("prefix_lengths", prefix_lengths, (None,), check.INTEGERS)
+    if parents.dim() == 2 and parents.shape[0] != prefix_lengths.shape[0]:
+        raise ValueError(f"prefix_lengths: expected [{parents.shape[0]}], got {list(prefix_lengths.shape)}")
+    check.same_device("parents", parents, {"prefix_lengths": prefix_lengths})
+    check.whole("total", total, parents.shape[-1])
+    mask: torch.Tensor = _TREE_ATTENTION_MASK(parents, prefix_lengths, total)
+    return mask
+
+
+def keep_path(
+    key: torch.Tensor, value: torch.Tensor, prefix_lengths: torch.Tensor, path: torch.Tensor, length: torch.Tensor
+) -> None:
+    """In place: move the accepted nodes' keys and values to the end of the prefix; nothing else moves.
+
+    Args:
+        key, value: `[batch, kv_heads, slots, head_dim]`, any strides; layers may be folded into the head axis.
+        prefix_lengths: `[batch]` int32 or int64; node j lies in slot prefix_lengths[b] + j.
+        path: `[batch, depth + 1]` int32 or int64, as `verify` returns it: entry t moves to slot
+            prefix_lengths[b] + t.
+        length: `[batch]` int32 or int64, how many entries of `path` are valid.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device.
+    """
+    check.tensor("key", key, (None, None, None, None), check.FLOATS)
+    check.tensor("value", value, (*key.shape[:3], None), check.FLOATS)
+    batch = key.shape[0]
+    check.tensor("prefix_lengths", prefix_lengths, (batch,), check.INTEGERS)
+    check.tensor("path", path, (batch, None), check.INTEGERS)
+    check.tensor("length", length, (batch,), check.INTEGERS)
+    check.same_device("key", key, {"value": value, "prefix_lengths": prefix_lengths, "path": path, "length": length})
+    _KEEP_PATH(key, value, prefix_lengths, path, length)
+
+
+def _check_parents(parents: torch.Tensor) -> None:
+    if not isinstance(parents, torch.Tensor) or parents.dim() not in (1, 2) or parents.shape[-1] == 0:
+        got = list(parents.shape) if isinstance(parents, torch.Tensor) else type(parents).__name__
+        raise ValueError(f"parents: expected a tensor [nodes] or [batch, nodes] with at least one node, got {got}")
+    check.tensor("parents", parents, tuple(parents.shape), check.INTEGERS)
+
+
+def _ancestor_bits(parents: torch.Tensor) -> torch.Tensor:
+    parents = parents.reshape(-1, parents.shape[-1]).long()
+    batch, nodes = parents.shape
+    device = parents.device
+    node = torch.arange(nodes, device=device)
+    up = torch.where((parents >= 0) & (parents < node), parents, node)  # a root points at itself
+    bits = torch.zeros(batch, nodes, -(-nodes // 32), dtype=torch.int32, device=device)
+    own = torch.ones((), dtype=torch.int32, device=device) << (node % 32).int()
+    bits.scatter_(2, (node // 32).expand(batch, nodes)[..., None], own.expand(batch, nodes)[..., None])
+    for _ in range(max(nodes - 1, 1).bit_length()):  # each round doubles the ancestors a node knows
+        bits |= bits.gather(1, up[..., None].expand_as(bits))
+        up = up.gather(1, up)
+    return bits
+
+
+def unpack_bits(bits: torch.Tensor, count: int) -> torch.Tensor:
+    """`[..., words]` int32 as `[..., count]` bool."""
+    node = torch.arange(count, device=bits.device)
+    return (bits[..., node // 32] >> (node % 32).int() & 1).bool()
+
+
+def dense_mask(visible: torch.Tensor, prefix_lengths: torch.Tensor, total: int) -> torch.Tensor:
+    """`[batch, rows, total]` bool from `visible` `[batch or 1, rows, nodes]` bool over the tree's slots."""
+    batch = prefix_lengths.shape[0]
+    rows, nodes = visible.shape[1:]
+    slot = torch.arange(total, device=visible.device)
+    offset = slot - prefix_lengths[:, None]  # [batch, total]: the node in each slot
+    inside = ((offset >= 0) & (offset < nodes))[:, None]
+    index = offset.clamp(0, nodes - 1)[:, None].expand(batch, rows, total)
+    return (visible.expand(batch, -1, -1).gather(2, index) & inside) | (offset < 0)[:, None]
+
+
+def _tree_attention_mask(parents: torch.Tensor, prefix_lengths: torch.Tensor, total: int) -> torch.Tensor:
+    visible = unpack_bits(_ancestor_bits(parents), parents.shape[-1])
+    return dense_mask(visible, prefix_lengths.long(), total)[:, None]
+
+
+def _keep_path(
+    key: torch.Tensor, value: torch.Tensor, prefix_lengths: torch.Tensor, path: torch.Tensor, length: torch.Tensor
+) -> None:
+    width = path.shape[1]
+    step = torch.arange(width, device=key.device)
+    moves = (step < length[:, None]) & (path != step) & (path >= 0)
+    batch, place = moves.nonzero(as_tuple=True)
+    if not batch.numel():
+        return
+    prefix = prefix_lengths.long()[batch]
+    source, target = prefix + path[batch, place].long(), prefix + place
+    for cache in (key, value):
+        rows = cache.transpose(1, 2)
+        rows[batch, target] = rows[batch, source]
+
+
+def _fake_bits(parents: torch.Tensor) -> torch.Tensor:
+    batch, nodes = (1, *parents.shape)[-2:]
+    return parents.new_empty(batch, nodes, -(-nodes // 32), dtype=torch.int32)
+
+
+def _fake_mask(parents: torch.Tensor, prefix_lengths: torch.Tensor, total: int) -> torch.Tensor:
+    return parents.new_empty(prefix_lengths.shape[0], 1, parents.shape[-1], total, dtype=torch.bool)
+
+
+def _fake_keep(
+    key: torch.Tensor, value: torch.Tensor, prefix_lengths: torch.Tensor, path: torch.Tensor, length: torch.Tensor
+) -> None:
+    return None
+
+
+_ANCESTOR_BITS = operator("ancestor_bits(Tensor parents) -> Tensor", _ancestor_bits, _fake_bits)
+_TREE_ATTENTION_MASK = operator(
+    "tree_attention_mask(Tensor parents, Tensor prefix_lengths, SymInt total) -> Tensor",
+    _tree_attention_mask,
+    _fake_mask,
+)
+_KEEP_PATH = operator(
+    "keep_path(Tensor(a!) key, Tensor(b!) value, Tensor prefix_lengths, Tensor path, Tensor length) -> ()",
+    _keep_path,
+    _fake_keep,
+)

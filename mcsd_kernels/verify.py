@@ -1,0 +1,177 @@
+"""`verify`: which tokens of a drafted token tree the target model keeps."""
+
+from __future__ import annotations
+
+import torch
+
+from . import _checks as check
+from . import _verify_torch
+from ._backend import choose
+from ._library import operator
+from .sampling import SamplingParams, pack
+from .types import Verified
+
+PROPOSALS = ("without_replacement", "with_replacement", "greedy", "point")
+RULES = ("recursive", "traversal")
+
+
+def verify(
+    target_logits: torch.Tensor,
+    draft_logits: torch.Tensor | None,
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    uniforms: torch.Tensor,
+    *,
+    proposal: str = "without_replacement",
+    rule: str = "recursive",
+    sampling: SamplingParams = SamplingParams(),
+    draft_sampling: SamplingParams | None = None,
+    target_rows: torch.Tensor | None = None,
+    draft_rows: torch.Tensor | None = None,
+    max_depth: int | None = None,
+    backend: str | None = None,
+) -> Verified:
+    """Accept the longest path of each token tree that keeps the target's law, and draw the token that follows it.
+
+    Whatever the draft, the emitted tokens are distributed as if the target had generated them one at a time. At a node
+    with target law p and draft law q, children x are tested in draw order: x is accepted if
+    ``u q(x) S < (p(x) - beta q(x))_+ Z``; a rejection adds S / Z to beta, S becomes the mass of (p - beta q)_+, and Z
+    loses q(x) if candidates were drawn without replacement. If all are rejected, the last token comes from
+    (p - beta q)_+; at a leaf, from p.
+
+    Args:
+        target_logits: `[batch, nodes, vocab]` f16, bf16 or f32, last axis contiguous: row i holds the target's logits
+            after node i. With `target_rows`: `[rows, vocab]`.
+        draft_logits: the same for the draft: row i holds the logits that node i's children were drawn from (rows of
+            leaves are never read). With `draft_rows`: `[rows, vocab]`. None only for ``proposal="point"``.
+        tokens: `[batch, nodes]` int64 or int32. Column 0 is the root, the last committed token; siblings stand in draw
+            order. -1 is a missing candidate; so is a token >= vocab, which also sets `Status.BAD_TOKEN`.
+        parents: `[nodes]` or `[batch, nodes]` int32 or int64, ``parents[0] = -1`` and ``parents[i] < i``; -1 for i > 0
+            is padding.
+        uniforms: `[batch, nodes + 2]` f32 in [0, 1): column i is node i's coin, the last two pick the block and the
+            place of the final draw. They must be fresh for every call: see `draw_uniforms`.
+        proposal: how siblings were drawn: "without_replacement", "with_replacement", "greedy" (the most probable ones
+            and then one draw from the rest) or "point" (chosen deterministically).
+        rule: "recursive" (top down) or "traversal" (bottom up; accepts at least as much; block verification on a chain).
+        sampling: temperature and filters of the target.
+        draft_sampling: those of the draft; None: the same.
+        target_rows: `[batch, nodes]` int32 or int64, the row of each node in `[rows, vocab]` logits. -1 makes a
+            virtual node: it is tested, and if accepted it is the last token emitted.
+        draft_rows: the same for the draft; rows of leaves are not read.
+        max_depth: the caller's bound on the tree's depth, which fixes the width of the result; a node at that depth
+            counts as a leaf. None: nodes - 1.
+        backend: "torch", or None to choose by device.
+
+    Returns:
+        `Verified(path, length, tokens, status)`, all on the device of the logits.
+
+    Raises:
+        ValueError: an argument's type, shape, dtype, stride, device or option is wrong. What only the device can see
+            sets a bit of `status` for its own request: see `Status`.
+
+    Source: Yang et al., arXiv 2401.06706 (MCSD); Miao et al., arXiv 2305.09781 (SpecInfer); Hu et al., arXiv
+    2502.18779 ("greedy"); docs/algorithm.md for the scalar form.
+    """
+    check.choice("proposal", proposal, PROPOSALS)
+    check.choice("rule", rule, RULES)
+    check.tensor("tokens", tokens, (None, None), check.INTEGERS)
+    batch, nodes = tokens.shape
+    if nodes == 0:
+        raise ValueError("tokens: expected at least one node, the root, got [batch, 0]")
+    vocab = _check_logits("target_logits", target_logits, "target_rows", target_rows, batch, nodes, None)
+    if proposal == "point":
+        if draft_rows is not None and draft_logits is None:
+            raise ValueError("draft_rows: expected None without draft_logits, got a tensor")
+        draft_logits = draft_rows = None
+    elif draft_logits is None:
+        raise ValueError(f'draft_logits: expected a tensor for proposal="{proposal}", got None')
+    else:
+        _check_logits("draft_logits", draft_logits, "draft_rows", draft_rows, batch, nodes, vocab)
+    check.tensor("parents", parents, (nodes,) if parents.dim() == 1 else (batch, nodes), check.INTEGERS)
+    check.tensor("uniforms", uniforms, (batch, nodes + 2), (torch.float32,))
+    same = {"draft_logits": draft_logits, "tokens": tokens, "parents": parents, "uniforms": uniforms}
+    check.same_device("target_logits", target_logits, same | {"target_rows": target_rows, "draft_rows": draft_rows})
+    numbers, tensors = pack("sampling", sampling, batch, target_logits.device)
+    draft_numbers, draft_tensors = numbers, tensors
+    if draft_sampling is not None:
+        draft_numbers, draft_tensors = pack("draft_sampling", draft_sampling, batch, target_logits.device)
+    if max_depth is None:
+        max_depth = nodes - 1
+    check.whole("max_depth", max_depth, 0)
+    choose(backend, target_logits.device)
+
+    return Verified(
+        *_OPERATOR(
+            target_logits,
+            draft_logits,
+            tokens,
+            parents,
+            uniforms,
+            target_rows,
+            draft_rows,
+            numbers,
+            tensors,
+            draft_numbers,
+            draft_tensors,
+            proposal,
+            rule,
+            max_depth,
+        )
+    )
+
+
+def _check_logits(
+    name: str,
+    logits: torch.Tensor,
+    rows_name: str,
+    rows: torch.Tensor | None,
+    batch: int,
+    nodes: int,
+    vocab: int | None,
+) -> int:
+    """Check one side's logits and row index; returns the size of the vocabulary."""
+    if rows is None:
+        check.tensor(name, logits, (batch, nodes, vocab), check.FLOATS)
+    else:
+        check.tensor(name, logits, (None, vocab), check.FLOATS)
+        check.tensor(rows_name, rows, (batch, nodes), check.INTEGERS)
+    if logits.shape[-1] == 0:
+        raise ValueError(f"{name}: expected a vocabulary of at least one token, got {list(logits.shape)}")
+    check.contiguous_last_axis(name, logits)
+    return logits.shape[-1]
+
+
+def _fake(
+    target_logits: torch.Tensor,
+    draft_logits: torch.Tensor | None,
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    uniforms: torch.Tensor,
+    target_rows: torch.Tensor | None,
+    draft_rows: torch.Tensor | None,
+    sampling: list[float],
+    sampling_tensors: list[torch.Tensor | None],
+    draft_sampling: list[float],
+    draft_sampling_tensors: list[torch.Tensor | None],
+    proposal: str,
+    rule: str,
+    max_depth: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, width = tokens.shape[0], max_depth + 1
+    new = target_logits.new_empty
+    return (
+        new(batch, width, dtype=torch.int32),
+        new(batch, dtype=torch.int32),
+        new(batch, width, dtype=torch.int64),
+        new(batch, dtype=torch.int32),
+    )
+
+
+_OPERATOR = operator(
+    "verify(Tensor target_logits, Tensor? draft_logits, Tensor tokens, Tensor parents, Tensor uniforms,"
+    " Tensor? target_rows, Tensor? draft_rows, float[] sampling, Tensor?[] sampling_tensors,"
+    " float[] draft_sampling, Tensor?[] draft_sampling_tensors, str proposal, str rule, SymInt max_depth)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _verify_torch.verify,
+    _fake,
+)
