@@ -212,7 +212,7 @@ Outcome = tuple[list[int], int]
 
 
 class UnusableRow(Exception):
-    """A row that has been reached holds no law.
+    """A row that has been reached holds no law; `path` is what was accepted before.
 
     Args:
         status: what is wrong with it.
@@ -221,7 +221,7 @@ class UnusableRow(Exception):
     def __init__(self, status: Status) -> None:
         super().__init__(status)
         self.status = status
-        self.path: list[int] = []
+        self.path: list[int] = [0]
 
 
 def _residual(p: Law, q: Law, w: float, beta: float) -> Law:
@@ -392,7 +392,7 @@ def traversal(problem: Problem, coins: Coins) -> Outcome:
         The accepted nodes from the root on, and the last token.
 
     Raises:
-        UnusableRow: a row that was reached holds no law; its `path` says how far the walk came.
+        UnusableRow: a row that was reached holds no law; nothing is accepted, for nothing is until a node stops.
     """
     outcome = _enter(problem, coins, [0], 1.0)
     assert outcome is not None, "the root always stops"
@@ -407,15 +407,11 @@ def _enter(problem: Problem, coins: Coins, path: list[int], w: float) -> Outcome
         "greedy": _visit_greedy,
         "point": _visit_point,
     }[problem.proposal]
-    try:
-        p = problem.target(path[-1])
-        siblings = problem.candidates(path[-1])
-        if not siblings:
-            return (path, coins.draw(p)) if _stops(path, 1.0, w, coins) else None
-        return visit(p, problem, path, siblings, w, coins)
-    except UnusableRow as error:
-        error.path = error.path or path
-        raise
+    p = problem.target(path[-1])
+    siblings = problem.candidates(path[-1])
+    if not siblings:
+        return (path, coins.draw(p)) if _stops(path, 1.0, w, coins) else None
+    return visit(p, problem, path, siblings, w, coins)
 
 
 def _stops(path: list[int], scale: float, mass: float, coins: Coins) -> bool:

@@ -1,0 +1,117 @@
+"""Tree attention inside Hugging Face models: one attention function, registered under the name `mcsd_tree`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from mcsd_kernels import tree_attention
+from mcsd_kernels.tree import dense_mask, unpack_bits
+
+NAME = "mcsd_tree"
+
+
+class TreeStep:
+    """What every attention layer of one forward needs to know of the tree; dense masks are made once for all layers.
+
+    Args:
+        ancestors: `[batch or 1, rows, words]` int32, see `ancestor_bits`.
+        prefix_lengths: `[batch]` int32: slots before the tree's.
+    """
+
+    def __init__(self, ancestors: torch.Tensor, prefix_lengths: torch.Tensor) -> None:
+        self.ancestors, self.prefix_lengths = ancestors, prefix_lengths
+        self.calls = 0
+        self._masks: dict[int, torch.Tensor] = {}
+
+    def packed(self) -> torch.Tensor:
+        """`[batch, 1, rows, words + 1]` int32: the ancestors and, in the last column, the prefix length.
+
+        It travels as the 4-D attention mask, for models that drop unknown keyword arguments.
+        """
+        batch, rows = self.prefix_lengths.shape[0], self.ancestors.shape[1]
+        prefix = self.prefix_lengths.int()[:, None, None].expand(batch, rows, 1)
+        return torch.cat([self.ancestors.expand(batch, -1, -1), prefix], -1)[:, None]
+
+    def mask(self, total: int) -> torch.Tensor:
+        """`[batch, 1, rows, total]` bool, without a sliding window."""
+        if total not in self._masks:
+            visible = unpack_bits(self.ancestors, min(self.ancestors.shape[-1] * 32, total))
+            self._masks[total] = dense_mask(visible, self.prefix_lengths.long(), total)[:, None]
+        return self._masks[total]
+
+
+def tree_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    mcsd_tree: TreeStep | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function that `AttentionInterface` calls; the tree comes by keyword or as a packed 4-D mask.
+
+    Returns:
+        `[batch, rows, q_heads, head_dim]`, and no weights.
+
+    Raises:
+        RuntimeError: neither route brought a tree.
+    """
+    if mcsd_tree is None:
+        if attention_mask is None or attention_mask.dtype != torch.int32 or attention_mask.dim() != 4:
+            raise RuntimeError(f"{type(module).__name__} passed no token tree to its attention; see mcsd.check(model)")
+        mcsd_tree = TreeStep(attention_mask[:, 0, :, :-1].contiguous(), attention_mask[:, 0, 0, -1].contiguous())
+    mcsd_tree.calls += 1
+    if query.device.type == "cpu" and sliding_window is None and softcap is None and s_aux is None:
+        # on the CPU the mask costs as much as the attention, and all layers share it
+        grouped = query.shape[1] != key.shape[1]
+        mask = mcsd_tree.mask(key.shape[2])
+        output = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=grouped)
+    else:
+        output = tree_attention(
+            query,
+            key,
+            value,
+            mcsd_tree.ancestors,
+            mcsd_tree.prefix_lengths,
+            scale=scaling,
+            window=sliding_window,
+            softcap=softcap,
+            sinks=s_aux,
+        )
+    return output.transpose(1, 2), None
+
+
+def _padding_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    return attention_mask
+
+
+AttentionInterface.register(NAME, tree_attention_forward)
+AttentionMaskInterface.register(NAME, _padding_mask)
+
+
+def takes_tree_attention(model: PreTrainedModel) -> bool:
+    """Whether the model's attention can be replaced; a model that cannot only logs a warning when it is asked."""
+    return bool(model._can_set_attn_implementation())
+
+
+@contextmanager
+def tree_attention_in(model: PreTrainedModel) -> Iterator[None]:
+    """The model uses tree attention inside this context, and what it used before after it."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

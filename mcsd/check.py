@@ -1,0 +1,93 @@
+"""`mcsd.check`: does a model score token trees as it scores plain text?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from mcsd_kernels import ancestor_bits
+
+from .scoring import ATTENTION, Scorer, refusal
+
+
+@dataclass(frozen=True)
+class Check:
+    """The verdict of `check`.
+
+    Args:
+        ok: the model can be decoded by mcsd.
+        attention: the route taken, "tree" or "dense"; "" if none.
+        error: largest difference between tree logits and plain logits.
+        tolerance: what was allowed.
+        reason: why it is not ok; "" if it is.
+    """
+
+    ok: bool
+    attention: str = ""
+    error: float = 0.0
+    tolerance: float = 0.0
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+def check(model: PreTrainedModel, *, attention: str = "auto", prefix: int = 12, nodes: int = 9, seed: int = 0) -> Check:
+    """Score a random tree after a random prefix, and every path of it as plain text; compare the logits.
+
+    Args:
+        model: a Hugging Face model.
+        attention: "auto", "tree" or "dense", as in `mcsd.generate`.
+        prefix: tokens before the tree.
+        nodes: of the tree.
+        seed: of the random tokens and the random tree.
+
+    Returns:
+        a `Check`, true if the model can be used; else its `reason` says why not.
+
+    Raises:
+        ValueError: an unknown `attention`.
+    """
+    if attention not in ATTENTION:
+        raise ValueError(f"attention: expected one of {', '.join(map(repr, ATTENTION))}, got {attention!r}")
+    reason = refusal(model, attention)
+    if reason:
+        return Check(False, reason=reason)
+    random = torch.Generator().manual_seed(seed)
+    vocab = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(vocab, (1, prefix + nodes), generator=random)
+    parents = torch.tensor([-1, *(int(torch.randint(i, (), generator=random)) for i in range(1, nodes))])
+    ancestors = ancestor_bits(parents)
+    paths = [[j for j in range(nodes) if int(ancestors[0, i, j // 32]) >> j % 32 & 1] for i in range(nodes)]
+    depth = torch.tensor([len(path) - 1 for path in paths])
+    scorer = Scorer(model, prefix + nodes, attention)
+    route = "tree" if scorer.tree else "dense"
+    device = scorer.device
+    tokens = tokens.to(device)
+    with torch.inference_mode():
+        try:
+            with scorer.attending():
+                scorer.prefill(tokens[:, :prefix], [prefix])
+                tree = scorer.score(tokens[:, prefix:], ancestors.to(device), depth.to(device), [prefix])[0].float()
+            plain = torch.stack([_plain(model, tokens, prefix, path) for path in paths])
+        except Exception as error:  # whatever a model does with an input it was not written for is the verdict
+            return Check(False, route, reason=f"{type(model).__name__} failed on a token tree: {error}")
+    tolerance = 1e3 * torch.finfo(model.dtype).eps * max(float(plain.abs().max()), 1.0)
+    difference = float((tree - plain).abs().max())
+    if not difference <= tolerance:
+        reason = (
+            f"{type(model).__name__} scores a tree differently from plain text: "
+            f"logits differ by {difference:.3g}, {tolerance:.3g} is rounding"
+        )
+        return Check(False, route, difference, tolerance, reason)
+    return Check(True, route, difference, tolerance)
+
+
+def _plain(model: PreTrainedModel, tokens: torch.Tensor, prefix: int, path: list[int]) -> torch.Tensor:
+    """`[vocab]` f32: logits after the prefix and the nodes of a path, without cache or tree."""
+    nodes = torch.tensor([prefix + node for node in path], device=tokens.device)
+    text = torch.cat([tokens[:, :prefix], tokens[:, nodes]], 1)
+    logits: torch.Tensor = model(input_ids=text, attention_mask=torch.ones_like(text), use_cache=False).logits[0, -1]
+    return logits.float()

@@ -1,0 +1,399 @@
+"""Multi-candidate speculative decoding: draft a tree, score it, verify it, keep what was accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StopStringCriteria
+
+from mcsd_kernels import SamplingParams, ancestor_bits, draw_uniforms, verify
+from mcsd_kernels.verify import PROPOSALS, RULES
+
+from .drafters import Drafter, ModelDrafter, NgramDrafter, Proposal, State
+from .scoring import ATTENTION, Scorer
+from .stats import Stats
+from .trees import check_branching, columns
+
+
+@dataclass
+class Generation:
+    """What `generate` returns.
+
+    Args:
+        sequences: `[batch, prompt + longest continuation]` int64: prompt, continuation, padding on the right.
+        stats: what it cost and what was accepted.
+    """
+
+    sequences: torch.Tensor
+    stats: Stats = field(repr=False)
+
+
+def generate(
+    target: PreTrainedModel,
+    draft: PreTrainedModel | Drafter | str,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    branching: Sequence[int] = (4, 2, 2),
+    max_new_tokens: int = 128,
+    temperature: float | torch.Tensor = 1.0,
+    top_k: int | torch.Tensor = 0,
+    top_p: float | torch.Tensor = 1.0,
+    min_p: float | torch.Tensor = 0.0,
+    seed: int | Sequence[int] = 0,
+    proposal: str | None = None,
+    rule: str = "recursive",
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    stopping_criteria: Any = None,
+    stop_strings: str | list[str] | None = None,
+    tokenizer: Any = None,
+    logits_processor: Any = None,
+    streamer: Any = None,
+    attention: str = "auto",
+    progress: bool = False,
+    callback: Callable[[Stats], None] | None = None,
+) -> Generation:
+    """Generate text with the target's law, several tokens for each of its forwards.
+
+    Sampled text has exactly the target's distribution; at temperature 0 and in float32 the text is that of plain greedy
+    decoding. (In bfloat16 a model is not quite the same function of the context when several tokens go through it at
+    once, with or without speculation, so token-for-token equality is not promised there.)
+
+    Args:
+        target: a decoder-only Hugging Face model.
+        draft: a smaller model with the same vocabulary, a `Drafter`, or "ngram" (prompt lookup, no model).
+        input_ids: `[batch, length]` int64 prompts, padded on either side.
+        attention_mask: `[batch, length]`, 1 at tokens and 0 at padding. None: every column counts, unless the model has
+            a padding token that is no end-of-sequence token and occurs.
+        branching: children of a tree node at depth 0, 1, ...; at most 1,024 nodes in all.
+        max_new_tokens: of each request; never overshot.
+        temperature, top_k, top_p, min_p: see `mcsd_kernels.SamplingParams`; numbers or `[batch]` tensors. They act on
+            target and draft alike. The model's own generation configuration is only asked for its special tokens.
+        seed: request b's seed is `seed + b`, or `seed[b]`. A request's random numbers depend on nothing else.
+        proposal: how siblings are drawn, see `mcsd_kernels.verify`. None: a drafter's own; for a draft model
+            "without_replacement", and "point" at temperature 0, where a sampled draft has a single candidate.
+        rule: "recursive" or "traversal".
+        eos_token_id: token or tokens that end a request. None: the generation configuration's.
+        pad_token_id: for the right end of `sequences`. None: the generation configuration's, else the first
+            end-of-sequence token, else 0.
+        stopping_criteria: transformers' `StoppingCriteria` or a list of them, asked after every token with
+            `[1, length]` ids and no scores.
+        stop_strings: end a request when its text ends in one of these; needs `tokenizer`.
+        tokenizer: for `stop_strings`.
+        logits_processor: transformers' `LogitsProcessor` or a list, applied to the target's logits at every node with
+            the node's own context.
+        streamer: gets the prompt and then every token, as transformers' `generate` does; batch 1 only.
+        attention: "tree" (our attention in the model), "dense" (4-D masks), or "auto".
+        progress: show a progress bar on stderr.
+        callback: called with the running `Stats` after every step.
+
+    Returns:
+        `Generation(sequences, stats)`. Interrupted from the keyboard, it holds what was generated so far.
+
+    Raises:
+        ValueError: an argument is wrong, or the model cannot score token trees (`UnsupportedModelError`, with the
+            reason).
+
+    Source: Yang et al., arXiv 2401.06706.
+    """
+    prompts = _prompts(target, input_ids, attention_mask)
+    batch = len(prompts)
+    drafter = _drafter(target, draft, branching, proposal, attention, temperature)
+    sampling = _sampling(temperature, top_k, top_p, min_p, input_ids.device)
+    _choose("rule", rule, RULES)
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected a whole number >= 1, got {max_new_tokens!r}")
+    if streamer is not None and batch > 1:
+        raise ValueError(f"streamer: expected a batch of 1, got {batch}; stream requests one by one")
+    longest = max(map(len, prompts))
+    config = target.config.get_text_config(decoder=True)
+    positions = getattr(config, "max_position_embeddings", 0) or 0
+    if positions and longest + max_new_tokens > positions:
+        raise ValueError(
+            f"max_new_tokens: expected a prompt of {longest} tokens and {max_new_tokens} new ones to fit the model's "
+            f"{positions} positions; shorten the prompt or ask for at most {max(positions - longest, 0)}"
+        )
+    ends = _Ends(target, eos_token_id, stopping_criteria, stop_strings, tokenizer)
+    processors = _list_of(LogitsProcessorList, logits_processor)
+
+    scorer = Scorer(target, longest + max_new_tokens + _LARGEST_TREE, attention)
+    state = State(
+        sequences=[list(prompt) for prompt in prompts],
+        active=[True] * batch,
+        seeds=_seeds(seed, batch, input_ids.device),
+        step=0,
+        room=max_new_tokens - 1,
+        sampling=sampling,
+        device=scorer.device,
+        capacity=longest + max_new_tokens,
+        vocab=target.get_output_embeddings().weight.shape[0] if target.get_output_embeddings() else config.vocab_size,
+    )
+    output = _Output(input_ids, prompts, max_new_tokens, ends, streamer, pad_token_id, target)
+    stats = Stats(status=[0] * batch)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(scorer.attending())
+        stack.callback(drafter.end)
+        bar = stack.enter_context(_bar(max_new_tokens * batch)) if progress else None
+        try:
+            with stats.phase("prefill"):
+                heads = [prompt[:-1] for prompt in prompts]
+                scorer.prefill(columns(heads, scorer.device), [len(head) for head in heads])
+                drafter.begin(state)
+            while any(state.active):
+                with stats.phase("draft"):
+                    tree = drafter.propose(state)
+                with stats.phase("score"):
+                    logits, prefix = _score(scorer, state, tree)
+                with stats.phase("verify"):
+                    if processors:
+                        logits = _process(processors, logits, tree, output)
+                    verified = verify(
+                        logits,
+                        tree.draft_logits,
+                        tree.tokens,
+                        tree.parents,
+                        draw_uniforms(state.seeds, state.step, tree.tokens.shape[1] + 2),
+                        proposal=drafter.proposal,
+                        rule=rule,
+                        sampling=sampling,
+                        draft_rows=tree.draft_rows,
+                        max_depth=tree.depth,
+                    )
+                with stats.phase("keep"):
+                    scorer.keep(prefix, verified.path, verified.length)
+                    drafter.keep(state, verified.path, verified.length)
+                with stats.phase("other"):
+                    emitted = output.advance(state, verified, tree.depth, stats)
+                    if bar is not None:
+                        bar.update(emitted)
+                        bar.set_postfix_str(f"{stats.tokens_per_call:.2f} tokens/call")
+                    if callback is not None:
+                        callback(stats)
+        except KeyboardInterrupt:
+            stats.interrupted = True
+    return Generation(output.sequences(state), stats)
+
+
+_LARGEST_TREE = 1024
+
+
+def _score(scorer: Scorer, state: State, tree: Proposal) -> tuple[torch.Tensor, list[int]]:
+    """One target forward over the tree; returns its logits and each request's prefix length."""
+    ancestors = ancestor_bits(tree.parents)
+    depth = _depths(ancestors)
+    prefix = [len(sequence) - 1 for sequence in state.sequences]
+    return scorer.score(tree.tokens, ancestors, depth, prefix), prefix
+
+
+def _depths(ancestors: torch.Tensor) -> torch.Tensor:
+    """`[batch or 1, nodes]` int64: how many ancestors each node has besides itself."""
+    bits = torch.arange(32, device=ancestors.device, dtype=torch.int32)
+    return (ancestors[..., None] >> bits & 1).sum((-1, -2)) - 1
+
+
+def _process(processors: LogitsProcessorList, logits: torch.Tensor, tree: Proposal, output: _Output) -> torch.Tensor:
+    """The processed logits, `[batch, nodes, vocab]` f32: one call a request and depth, since equal depths share a length."""
+    processed = logits.to(torch.float32, copy=True)
+    batch, nodes = tree.tokens.shape
+    parents = tree.parents.expand(batch, nodes).tolist()
+    for request in range(batch):
+        tokens = tree.tokens[request].tolist()
+        paths: dict[int, list[int]] = {0: []}
+        for node in range(1, nodes):
+            parent = parents[request][node]
+            if parent in paths and tokens[node] >= 0:
+                paths[node] = [*paths[parent], tokens[node]]
+        by_depth: dict[int, list[int]] = {}
+        for node, path in paths.items():
+            by_depth.setdefault(len(path), []).append(node)
+        text = output.rows[request]
+        for same in by_depth.values():
+            contexts = torch.tensor([text + paths[node] for node in same], device=logits.device)
+            processed[request, same] = processors(contexts, processed[request, same])
+    return processed
+
+
+class _Ends:
+    """When a request is over, apart from its length."""
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        eos_token_id: int | Sequence[int] | None,
+        stopping_criteria: Any,
+        stop_strings: str | list[str] | None,
+        tokenizer: Any,
+    ) -> None:
+        if eos_token_id is None:
+            eos_token_id = target.generation_config.eos_token_id
+        ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
+        if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+            raise ValueError(f"eos_token_id: expected token ids, got {eos_token_id!r}")
+        self.eos = ids
+        self.criteria = _list_of(StoppingCriteriaList, stopping_criteria)
+        if stop_strings:
+            if tokenizer is None:
+                raise ValueError("stop_strings: expected a tokenizer beside them, got None")
+            self.criteria = StoppingCriteriaList(
+                [*self.criteria, StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings)]
+            )
+
+    def after(self, row: list[int], device: torch.device) -> bool:
+        """Whether the text ends with its last token."""
+        if row[-1] in self.eos:
+            return True
+        if not self.criteria:
+            return False
+        return bool(self.criteria(torch.tensor([row], device=device), None).all())
+
+
+class _Output:
+    """The text of each request as the caller will see it, and the tokens still allowed."""
+
+    def __init__(
+        self,
+        input_ids: torch.Tensor,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        ends: _Ends,
+        streamer: Any,
+        pad_token_id: int | None,
+        target: PreTrainedModel,
+    ) -> None:
+        self.input_ids, self.ends, self.streamer, self.limit = input_ids, ends, streamer, max_new_tokens
+        self.width = input_ids.shape[1]
+        self.rows: list[list[int]] = input_ids.tolist()  # prompts with their padding, as processors see them
+        if pad_token_id is None:
+            pad_token_id = target.generation_config.pad_token_id
+        self.pad = pad_token_id if pad_token_id is not None else (ends.eos or [0])[0]
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+
+    def advance(self, state: State, verified: Any, depth: int, stats: Stats) -> int:
+        """Append what was verified, token by token up to each request's end; returns how many tokens came."""
+        # the step's only copy to the host
+        packed = torch.cat([verified.length[:, None], verified.status[:, None], verified.tokens], 1).tolist()
+        stats.target_calls += 1
+        came = 0
+        for request, (length, status, *tokens) in enumerate(packed):
+            if not state.active[request]:
+                continue
+            stats.request_calls += 1
+            stats.status[request] |= status
+            stats.count(length - 1, depth)
+            row = self.rows[request]
+            for token in tokens[:length]:
+                row.append(token)
+                state.sequences[request].append(token)
+                came += 1
+                if self.streamer is not None:
+                    self.streamer.put(torch.tensor([token]))
+                full = len(row) - self.width >= self.limit
+                if full or self.ends.after(row, self.input_ids.device):
+                    state.active[request] = False
+                    break
+        stats.tokens += came
+        state.step += 1
+        left = [
+            self.limit - (len(row) - self.width) for row, active in zip(self.rows, state.active, strict=True) if active
+        ]
+        state.room = max(left, default=1) - 1
+        return came
+
+    def sequences(self, state: State) -> torch.Tensor:
+        """`[batch, longest]` int64, padded on the right."""
+        if self.streamer is not None:
+            self.streamer.end()
+        longest = max(map(len, self.rows))
+        padded = [row + [self.pad] * (longest - len(row)) for row in self.rows]
+        return torch.tensor(padded, device=self.input_ids.device)
+
+
+def _prompts(target: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
+    """Each request's tokens without padding."""
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+        got = f"{list(input_ids.shape)} {input_ids.dtype}" if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids: expected an int64 tensor [batch, length], got {got}")
+    if input_ids.shape[0] == 0 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids: expected at least one prompt of at least one token, got {list(input_ids.shape)}")
+    vocab = target.get_input_embeddings().weight.shape[0]
+    if int(input_ids.min()) < 0 or int(input_ids.max()) >= vocab:
+        raise ValueError(f"input_ids: expected ids in [0, {vocab}), got {int(input_ids.min())} to {int(input_ids.max())}")
+    if attention_mask is None:
+        pad, eos = target.generation_config.pad_token_id, target.generation_config.eos_token_id
+        ends = [eos] if isinstance(eos, int) else list(eos or [])
+        attention_mask = input_ids != pad if pad is not None and pad not in ends else torch.ones_like(input_ids)
+    elif attention_mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask: expected the shape of input_ids, {list(input_ids.shape)}, got {list(attention_mask.shape)}")
+    prompts = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+    for request, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"input_ids: expected at least one token in every prompt, row {request} is all padding")
+    return prompts
+
+
+def _drafter(
+    target: PreTrainedModel,
+    draft: Any,
+    branching: Sequence[int],
+    proposal: str | None,
+    attention: str,
+    temperature: float | torch.Tensor,
+) -> Drafter:
+    """What `draft` stands for."""
+    _choose("attention", attention, ATTENTION)
+    branching = check_branching(branching)
+    if proposal is not None:
+        _choose("proposal", proposal, PROPOSALS)
+    if isinstance(draft, str) and draft == "ngram":
+        draft = NgramDrafter(continuations=branching[0])
+    if isinstance(draft, PreTrainedModel):
+        widths = [model.config.get_text_config(decoder=True).vocab_size for model in (draft, target)]
+        if widths[0] != widths[1]:
+            raise ValueError(f"draft: expected the target's vocabulary of {widths[1]} tokens, got {widths[0]}")
+        greedy = not isinstance(temperature, torch.Tensor) and temperature == 0
+        return ModelDrafter(draft, branching, proposal or ("point" if greedy else "without_replacement"), attention)
+    if not hasattr(draft, "propose"):
+        raise ValueError(f'draft: expected a model, a Drafter or "ngram", got {draft!r}')
+    if proposal is not None and proposal != draft.proposal:
+        raise ValueError(f'proposal: expected this drafter\'s own, "{draft.proposal}", or None, got {proposal!r}')
+    drafter: Drafter = draft
+    return drafter
+
+
+def _sampling(temperature: Any, top_k: Any, top_p: Any, min_p: Any, device: torch.device) -> SamplingParams:
+    fields = (temperature, top_k, top_p, min_p)
+    return SamplingParams(*(f.to(device) if isinstance(f, torch.Tensor) else f for f in fields))
+
+
+def _seeds(seed: int | Sequence[int], batch: int, device: torch.device) -> torch.Tensor:
+    seeds = [seed + b for b in range(batch)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != batch:
+        raise ValueError(f"seed: expected a number or {batch} of them, got {len(seeds)}")
+    signed = [(s + 2**63) % 2**64 - 2**63 for s in seeds]
+    return torch.tensor(signed, dtype=torch.int64, device=device)
+
+
+def _list_of(kind: Any, value: Any) -> Any:
+    """`value` as transformers' list type: a list, a single item, or nothing."""
+    if value is None:
+        return kind()
+    return value if isinstance(value, kind) else kind(value if isinstance(value, (list, tuple)) else [value])
+
+
+def _choose(name: str, value: Any, options: Sequence[str]) -> None:
+    if value not in options:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
+
+
+def _bar(total: int) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, unit="tok")

@@ -1,0 +1,101 @@
+"""Prompt lookup as drafter: what followed the same words earlier in the text, as a tree of several continuations."""
+
+from __future__ import annotations
+
+import torch
+
+from ..trees import check_branching
+from .base import Drafter, Proposal, State
+
+
+class NgramDrafter(Drafter):
+    """Continues with what followed the longest recent n-grams that the text ends in; needs no model.
+
+    The continuations are merged into one tree of deterministic children ("point"): the longest n-gram's first, and of
+    equally long ones the most recent first.
+
+    Args:
+        longest: of the n-grams looked up; shorter ones follow, down to `shortest`.
+        shortest: of the n-grams looked up.
+        depth: tokens of a continuation.
+        continuations: how many different ones to follow.
+        nodes: the tree's size, root included; fixed, so that shapes do not change from step to step.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    proposal = "point"
+
+    def __init__(
+        self, longest: int = 3, shortest: int = 1, depth: int = 8, continuations: int = 3, nodes: int = 16
+    ) -> None:
+        if not 1 <= shortest <= longest:
+            raise ValueError(f"shortest: expected a number in [1, longest = {longest}], got {shortest}")
+        check_branching((depth,))
+        check_branching((continuations,))
+        if nodes < 2:
+            raise ValueError(f"nodes: expected at least 2, the root and a child, got {nodes}")
+        self.longest, self.shortest = longest, shortest
+        self.depth, self.continuations, self.nodes = depth, continuations, nodes
+
+    def begin(self, state: State) -> None:
+        """Index the prompts."""
+        # request -> n-gram -> the places right after it, in text order
+        self._after: list[dict[tuple[int, ...], list[int]]] = [{} for _ in state.sequences]
+        self._indexed = [0] * len(state.sequences)
+
+    def propose(self, state: State) -> Proposal:
+        """Look every request's ending up in its own text."""
+        depth = min(self.depth, max(state.room, 1))
+        trees = [
+            self._tree(request, sequence, depth) if state.active[request] else ([sequence[-1]], [-1])
+            for request, sequence in enumerate(state.sequences)
+        ]
+        nodes = min(self.nodes, max(len(tokens) for tokens, _ in trees))
+        tokens = [tokens + [-1] * (nodes - len(tokens)) for tokens, _ in trees]
+        parents = [parents + [-1] * (nodes - len(parents)) for _, parents in trees]
+        return Proposal(
+            torch.tensor(tokens, device=state.device),
+            torch.tensor(parents, dtype=torch.int32, device=state.device),
+            depth,
+        )
+
+    def _tree(self, request: int, sequence: list[int], depth: int) -> tuple[list[int], list[int]]:
+        self._index(request, sequence)
+        tokens, parents = [sequence[-1]], [-1]
+        children: dict[tuple[int, int], int] = {}
+        followed = 0
+        for place in self._places(request, sequence):
+            node, grew = 0, False
+            for token in sequence[place : place + depth]:
+                child = children.get((node, token))
+                if child is None:
+                    if len(tokens) == self.nodes:
+                        return tokens, parents
+                    child = children[node, token] = len(tokens)
+                    tokens.append(token)
+                    parents.append(node)
+                    grew = True
+                node = child
+            followed += grew
+            if followed == self.continuations:
+                break
+        return tokens, parents
+
+    def _places(self, request: int, sequence: list[int]) -> list[int]:
+        """Where continuations begin: after the longest n-grams first, the most recent first, each place once."""
+        found: dict[int, None] = {}
+        for n in range(min(self.longest, len(sequence)), self.shortest - 1, -1):
+            # a loop of one text may hold thousands of places; the recent ones are enough
+            for place in self._after[request].get(tuple(sequence[-n:]), [])[: -4 * self.continuations - 1 : -1]:
+                found.setdefault(place)
+        return list(found)
+
+    def _index(self, request: int, sequence: list[int]) -> None:
+        """Take what is new in the text into the index; the ending itself has no continuation yet."""
+        index = self._after[request]
+        for place in range(max(self._indexed[request], 1), len(sequence)):
+            for n in range(self.shortest, min(self.longest, place) + 1):
+                index.setdefault(tuple(sequence[place - n : place]), []).append(place)
+        self._indexed[request] = len(sequence)

@@ -1,0 +1,82 @@
+"""What a generation cost and what it accepted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Stats:
+    """Counters of one `generate` call.
+
+    Args:
+        target_calls: tree-scoring forwards of the target (prefill not counted).
+        request_calls: the same, counted once for each request that was still generating.
+        tokens: tokens emitted, over all requests.
+        tested_by_depth: entry d: steps in which a node of depth d was accepted and depth d + 1 was on offer.
+        accepted_by_depth: entry d: steps in which a node of depth d + 1 was accepted.
+        seconds: wall time by phase: prefill, draft, score, verify, keep, other.
+        interrupted: generation was stopped from the keyboard.
+        status: for each request the `mcsd_kernels.Status` bits met, 0 for none.
+    """
+
+    target_calls: int = 0
+    request_calls: int = 0
+    tokens: int = 0
+    tested_by_depth: list[int] = field(default_factory=list)
+    accepted_by_depth: list[int] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    interrupted: bool = False
+    status: list[int] = field(default_factory=list)
+
+    @property
+    def tokens_per_call(self) -> float:
+        """Tokens emitted for each target forward of a request; plain decoding has 1."""
+        return self.tokens / self.request_calls if self.request_calls else 0.0
+
+    @property
+    def acceptance_by_depth(self) -> list[float]:
+        """Share of the steps that accepted a node of depth d + 1 among those that had one on offer there."""
+        return [
+            accepted / tested if tested else 0.0
+            for accepted, tested in zip(self.accepted_by_depth, self.tested_by_depth, strict=True)
+        ]
+
+    @property
+    def total_seconds(self) -> float:
+        """Wall time of all phases."""
+        return sum(self.seconds.values())
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def count(self, accepted: int, on_offer: int) -> None:
+        """Record one request's step: how deep it accepted, and how deep the tree went."""
+        for row in (self.tested_by_depth, self.accepted_by_depth):
+            row.extend([0] * (on_offer - len(row)))
+        for depth in range(min(accepted + 1, on_offer)):
+            self.tested_by_depth[depth] += 1
+            self.accepted_by_depth[depth] += depth < accepted
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return {
+            "tokens": self.tokens,
+            "target_calls": self.target_calls,
+            "tokens_per_call": round(self.tokens_per_call, 4),
+            "acceptance_by_depth": [round(a, 4) for a in self.acceptance_by_depth],
+            "tokens_per_second": round(self.tokens / self.total_seconds, 3) if self.total_seconds else 0.0,
+            "seconds": {name: round(value, 6) for name, value in self.seconds.items()},
+            "interrupted": self.interrupted,
+            "status": self.status,
+        }
