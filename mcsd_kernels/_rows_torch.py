@@ -15,11 +15,15 @@ import torch
 from ._rules import Draw, Mass
 from .types import DRAW_BLOCK, Status
 
-# float32 entries of one scratch buffer: 8 MiB, about a core's share of the last cache level
-_CHUNK_ENTRIES = 1 << 21
+# A row this long keeps a core busy by itself; shorter ones are taken together, up to so many float32 entries.
+_LONG_ROW = 1 << 13
+_CHUNK_ENTRIES = 1 << 18
 _FIRST_TOP_P_SLICE = 64
 
 Array = np.ndarray[Any, Any]
+
+
+_NONE = np.zeros(0)
 
 
 class Sampling:
@@ -45,13 +49,13 @@ class Sampling:
     def on_host(numbers: list[float], tensors: list[torch.Tensor | None], count: int) -> Sampling:
         """The four parameters of `count` requests; a tensor wins over the number in its place."""
         temperature, top_k, top_p, min_p = numbers
-        unfiltered = temperature > 0 and top_k == 0 and top_p == 1 and min_p == 0
-        plain = 1.0 / temperature if unfiltered and not any(t is not None for t in tensors) else None
+        if temperature > 0 and top_k == 0 and top_p == 1 and min_p == 0 and tensors == [None] * 4:
+            return Sampling(_NONE, _NONE, _NONE, _NONE, 1.0 / temperature)
         arrays = (
             np.broadcast_to(np.float64(number) if tensor is None else host(tensor.double()), (count,))
             for number, tensor in zip(numbers, tensors, strict=True)
         )
-        return Sampling(*arrays, plain)
+        return Sampling(*arrays, None)
 
     def out_of_range(self) -> Array | bool:
         """`[count]` bool: requests with a parameter outside its range, NaN included."""
@@ -70,41 +74,45 @@ class Sampling:
 
 def host(tensor: torch.Tensor) -> Array:
     """`tensor` as a NumPy array: a view on the CPU, a copy from any other device."""
-    return tensor.detach().cpu().numpy()
+    array: Array = tensor.numpy(force=True) if tensor.requires_grad or not tensor.is_cpu else tensor.numpy()
+    return array
 
 
 def chunk_rows(vocab: int) -> int:
-    """How many rows one chunk may hold."""
-    return max(1, _CHUNK_ENTRIES // vocab)
+    """How many requests to take together; a few rows stay in the cache from one pass to the next."""
+    return 1 if vocab >= _LONG_ROW else _CHUNK_ENTRIES // _padded(vocab)
 
 
-class _Scratch(threading.local):
-    """Buffers kept between calls, one of each name a thread; a fresh allocation costs more than the arithmetic."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, torch.Tensor] = {}
-
-    def __call__(self, name: str, rows: int, width: int, device: torch.device) -> torch.Tensor:
-        kept = self._kept.get(name)
-        if kept is None or kept.shape[1] != width or kept.shape[0] < rows or kept.device != device:
-            kept = torch.zeros(rows, width, dtype=torch.float32, device=device)
-            self._kept[name] = kept
-        return kept[:rows]
+def _padded(vocab: int) -> int:
+    return -(-vocab // DRAW_BLOCK) * DRAW_BLOCK
 
 
-_scratch = _Scratch()
+class Buffers:
+    """Room for the p, q and weights of a few rows, and views of it, kept between calls.
 
-
-def buffers(rows: int, vocab: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Room for p and q, `[rows, vocab]` each, and for weights, padded with zeros to whole draw blocks.
-
-    They are kept between calls: the next call on this thread gets the same memory.
+    Args:
+        rows, vocab, device: the room; the weights are padded with zeros to whole draw blocks.
     """
-    padded = -(-vocab // DRAW_BLOCK) * DRAW_BLOCK
-    weights = _scratch("weights", rows, padded, device)
-    if padded > vocab:
-        weights[:, vocab:].zero_()  # another vocabulary may have been here
-    return _scratch("p", rows, vocab, device), _scratch("q", rows, vocab, device), weights
+
+    def __init__(self, rows: int, vocab: int, device: torch.device) -> None:
+        self.p = torch.zeros(rows, vocab, dtype=torch.float32, device=device)
+        self.q = torch.zeros_like(self.p)
+        self.weights = torch.zeros(rows, _padded(vocab), dtype=torch.float32, device=device)
+        self.blocks = self.weights.view(rows, -1, DRAW_BLOCK)
+        self.masses = torch.zeros(self.blocks.shape[:2], dtype=torch.float32, device=device)
+        # the first row, for one request at a time
+        self.p_row, self.q_row, self.weights_row = self.p[0], self.q[0], self.weights[0, :vocab]
+
+
+_kept = threading.local()
+
+
+def buffers(rows: int, vocab: int, device: torch.device) -> Buffers:
+    """Buffers of at least so many rows; the next call on this thread gets the same memory."""
+    kept: Buffers | None = getattr(_kept, "buffers", None)
+    if kept is None or kept.p.shape[1] != vocab or kept.p.shape[0] < rows or kept.p.device != device:
+        kept = _kept.buffers = Buffers(rows, vocab, device)
+    return kept
 
 
 def law(
@@ -124,11 +132,11 @@ def law(
     rows, vocab = logits.shape
     device = logits.device
     if slots is None:
-        out = buffer[:rows]
+        out = buffer if buffer.shape[0] == rows else buffer[:rows]
     elif rows == 1:
         out = buffer[slots[0] : slots[0] + 1]
     else:
-        out = _scratch("law", rows, vocab, device)
+        out = torch.empty(rows, vocab, dtype=torch.float32, device=device)
     if sampling.plain is not None:
         source = logits if logits.dtype == torch.float32 else out.copy_(logits)
         if sampling.plain != 1.0:
@@ -144,8 +152,12 @@ def law(
 
 def _broken(laws: torch.Tensor, logits: torch.Tensor) -> list[Status] | None:
     """Find the rows that softmax has turned into NaN, and clear them so that they can spoil no sum."""
-    first = laws[:, 0].tolist()
-    if not any(x != x for x in first):
+    if laws.is_cpu and len(laws) == 1:
+        first = laws.numpy().item(0)
+        if first == first:
+            return None
+    first = host(laws[:, 0])
+    if not np.isnan(first).any():
         return None
     index = np.flatnonzero(np.isnan(first))
     status = np.zeros(len(first), np.int64)
@@ -254,92 +266,104 @@ def _column(values: Array, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(device)[:, None]
 
 
-def read(buffer: torch.Tensor, slots: list[int], tokens: list[int]) -> list[float]:
-    """`buffer[slot, token]` for each pair, on the host."""
-    if not slots:
-        return []
-    if buffer.device.type == "cpu":
+def read(buffer: torch.Tensor, slots: list[int], tokens: list[list[int]]) -> list[list[float]]:
+    """`buffer[slot, token]` for each slot's tokens, on the host; a token below 0 reads as 0."""
+    if buffer.is_cpu:
         rows = buffer.numpy()
-        return [rows.item(slot, token) for slot, token in zip(slots, tokens, strict=True)]
-    index = torch.tensor([slots, tokens], device=buffer.device)
-    found: list[float] = buffer[index[0], index[1]].tolist()
-    return found
+        return [
+            [rows.item(slot, x) if x >= 0 else 0.0 for x in some] for slot, some in zip(slots, tokens, strict=True)
+        ]
+    at = [(slot, max(x, 0)) for slot, some in zip(slots, tokens, strict=True) for x in some]
+    index = torch.tensor(at, dtype=torch.long, device=buffer.device).reshape(-1, 2)
+    found = iter(buffer[index[:, 0], index[:, 1]].tolist())
+    return [[next(found) for _ in some] for some in tokens]
+
+
+def fill(p: torch.Tensor, q: torch.Tensor, want: Mass | Draw, weights: torch.Tensor) -> None:
+    """Write (p - beta / w q)_+, or q where w is 0, into the weights, with zeros at the tokens to leave out.
+
+    Args:
+        p, q, weights: `[vocab]` f32.
+        want: w, beta and the tokens to leave out.
+    """
+    w, beta, without = want
+    if w == 0.0:
+        weights.copy_(q)
+    elif beta == 0.0:
+        weights.copy_(p)
+    else:
+        torch.sub(p, q, alpha=beta / w, out=weights)
+        weights.clamp_(min=0.0)
+    for token in without:
+        weights[token] = 0.0
 
 
 def residual(
     p: torch.Tensor, q: torch.Tensor, slots: list[int], wants: list[Mass | Draw], weights: torch.Tensor
 ) -> Array:
-    """Fill the first rows of `weights` with (p - beta / w q)_+, or q where w is 0, and sum their blocks.
+    """`fill` for several rows at once, and the masses of their blocks.
 
     Args:
         p, q: `[slots, vocab]` f32.
         slots: the row of p and q that each entry of `wants` is about.
-        wants: w, beta and the tokens to leave out, a row each.
-        weights: `[rows, padded vocab]` f32.
+        wants: a row each.
+        weights: `[rows or more, padded vocab]` f32; the first rows are written.
 
     Returns:
         `[rows, blocks]` f32, the mass of each run of `DRAW_BLOCK` weights.
     """
     rows, vocab = len(slots), p.shape[1]
-    if rows == 1:
-        w, beta, without = wants[0]
-        out = weights[0, :vocab]
-        if w == 0.0:
-            out.copy_(q[slots[0]])
-        elif beta == 0.0:
-            out.copy_(p[slots[0]])
-        else:
-            torch.sub(p[slots[0]], q[slots[0]], alpha=beta / w, out=out)
-            out.clamp_(min=0.0)
-        for token in without:
-            out[token] = 0.0
+    device = p.device
+    index = np.array(slots)
+    out = weights[:rows, :vocab]
+    beta_over_w = np.array([want.beta / (want.w or 1.0) for want in wants])
+    if beta_over_w.any():
+        use_p = np.array([want.w != 0.0 for want in wants], np.float32)
+        torch.mul(take(p, index), _column(use_p, device), out=out)
+        out.addcmul_(take(q, index), _column(-beta_over_w, device)).clamp_(min=0.0)
     else:
-        device = p.device
-        index = np.array(slots)
-        beta_over_w = [want.beta / (want.w or 1.0) for want in wants]
-        use_p = _column(np.array([float(want.w != 0.0) for want in wants]), device)
-        out = weights[:rows, :vocab]
-        if any(beta_over_w):
-            torch.mul(take(p, index), use_p, out=out)
-            out.addcmul_(take(q, index), _column(-np.array(beta_over_w), device)).clamp_(min=0.0)
-        else:
-            out.copy_(take(p, index))
-        pairs = [(row, token) for row, want in enumerate(wants) for token in want.without]
-        if pairs:
-            at = torch.tensor(pairs, device=device)
-            out[at[:, 0], at[:, 1]] = 0.0
+        out.copy_(take(p, index))
+    pairs = [(row, token) for row, want in enumerate(wants) for token in want.without]
+    if pairs:
+        at = torch.tensor(pairs, device=device)
+        out[at[:, 0], at[:, 1]] = 0.0
     return host(weights[:rows].view(rows, -1, DRAW_BLOCK).sum(-1))
 
 
-def draw(weights: torch.Tensor, masses: Array, u_block: Array, u_place: Array) -> list[int]:
+def draw(weights: torch.Tensor, masses: Array, u_block: list[float], u_place: list[float]) -> list[int | None]:
     """One token from each row of non-negative weights, by inverse CDF in two steps.
 
     Args:
-        weights: `[rows, padded vocab]` f32.
+        weights: `[rows or more, padded vocab]` f32.
         masses: `[rows, blocks]`, the sums of its blocks.
         u_block, u_place: `[rows]` in [0, 1): they pick the block and the place in it.
 
     Returns:
-        the tokens, each of positive weight; where a row has no mass, any.
+        the tokens, each of positive weight; None for a row without mass.
     """
-    block = _first_above(masses, u_block)
-    if len(masses) == 1:
-        start = int(block[0]) * DRAW_BLOCK
-        inside = host(weights[:1, start : start + DRAW_BLOCK])
-    else:
-        blocks = weights.view(len(masses), -1, DRAW_BLOCK)
-        index = torch.from_numpy(np.stack([np.arange(len(masses)), block])).to(weights.device)
-        inside = host(blocks[index[0], index[1]])
-    found: list[int] = (block * DRAW_BLOCK + _first_above(inside, u_place)).tolist()
+    blocks = weights.view(weights.shape[0], -1, DRAW_BLOCK)
+    found: list[int | None] = []
+    if weights.is_cpu:
+        inside = blocks.numpy()
+        for row, (u, v) in enumerate(zip(u_block, u_place, strict=True)):
+            block = first_above(masses[row], u)
+            found.append(None if block < 0 else block * DRAW_BLOCK + first_above(inside[row, block], v))
+        return found
+    chosen = [first_above(mass, u) for mass, u in zip(masses, u_block, strict=True)]
+    index = torch.tensor(chosen, device=weights.device).clamp(min=0)
+    inside = host(blocks[torch.arange(len(chosen), device=weights.device), index])
+    for row, (block, v) in enumerate(zip(chosen, u_place, strict=True)):
+        found.append(None if block < 0 else block * DRAW_BLOCK + first_above(inside[row], v))
     return found
 
 
-def _first_above(weights: Array, u: Array) -> Array:
-    """`[rows]`: the first index whose cumulative weight exceeds u times the total; never one of weight zero."""
-    above = np.cumsum(weights, axis=1)
-    index = (above <= (u * above[:, -1])[:, None]).sum(1)
-    lost = index == weights.shape[1]  # u * total rounded up to the total
-    if lost.any():
-        last = weights.shape[1] - 1 - (weights[:, ::-1] > 0).argmax(1)
-        index = np.where(lost, last, index)
-    return index
+def first_above(weights: Array, u: float) -> int:
+    """The first index whose cumulative weight exceeds u times the total, never one of weight zero; -1 without mass."""
+    above = weights.cumsum()
+    total = above[-1]
+    if not total > 0:
+        return -1
+    index = int(above.searchsorted(total * np.float32(u), "right"))
+    if index < len(weights):
+        return index
+    return int(np.flatnonzero(weights > 0)[-1])  # u * total was rounded up to the total

@@ -37,8 +37,15 @@ class Draw(NamedTuple):
     without: tuple[int, ...] = ()
 
 
+class Enter(NamedTuple):
+    """Visit the subtree of a child with weight w; answered with the token emitted there, or None: it failed."""
+
+    path: list[int]
+    w: float
+
+
 Child = tuple[int, int]  # node id, token or MISSING
-Step = Generator[Rows | Mass | Draw, Any, Any]
+Step = Generator[Rows | Mass | Draw | Enter, Any, Any]
 
 
 class Tree:
@@ -187,14 +194,30 @@ def traversal(tree: Tree, proposal: str) -> Step:
     Returns:
         the last token; `tree.path` holds the accepted nodes.
     """
-    return (yield from _enter(tree, proposal, [0], 1.0))
+    # a stack of its own: a tree may be deeper than Python's
+    stack = [_visit(tree, proposal, Enter([0], 1.0))]
+    answer: Any = None
+    while stack:
+        try:
+            want = stack[-1].send(answer)
+        except StopIteration as stop:
+            stack.pop()
+            answer = stop.value
+            continue
+        if isinstance(want, Enter):
+            stack.append(_visit(tree, proposal, want))
+            answer = None
+        else:
+            answer = yield want
+    return answer
 
 
-def _enter(tree: Tree, proposal: str, path: list[int], w: float) -> Step:
-    """The token emitted in the subtree under the last node of `path`, or None: it failed back to its parent."""
+def _visit(tree: Tree, proposal: str, enter: Enter) -> Step:
+    """The token emitted in the subtree under the last node of the path, or None: it failed back to its parent."""
+    path, w = enter
     siblings = tree.children(path[-1], len(path) - 1)
     rows = Rows(path[-1], [token for _, token in siblings])
-    visit = _Visit(tree, proposal, path, w, siblings, rows)
+    visit = _Visit(tree, path, w, siblings, rows)
     p, q = yield rows
     if not siblings:
         return (yield from visit.stop(1.0, w, Draw(1.0, 0.0), None))
@@ -208,11 +231,8 @@ def _enter(tree: Tree, proposal: str, path: list[int], w: float) -> Step:
 class _Visit:
     """One node entered with weight w: its children, and the two things that can end there."""
 
-    def __init__(
-        self, tree: Tree, proposal: str, path: list[int], w: float, siblings: list[Child], rows: Rows
-    ) -> None:
-        self.tree, self.proposal, self.path, self.w = tree, proposal, path, w
-        self.siblings, self.rows = siblings, rows
+    def __init__(self, tree: Tree, path: list[int], w: float, siblings: list[Child], rows: Rows) -> None:
+        self.tree, self.path, self.w, self.siblings, self.rows = tree, path, w, siblings, rows
 
     def enter(self, child: Child, scale: float, mass: float) -> Step:
         """Enter a child with weight min(1, mass / scale); None: it failed, and this node's rows are loaded again."""
@@ -225,7 +245,7 @@ class _Visit:
                 self.tree.path = self.path
                 return x
             return None
-        token = yield from _enter(self.tree, self.proposal, [*self.path, node], w)
+        token = yield Enter([*self.path, node], w)
         if token is None:
             yield self.rows
         return token
@@ -267,9 +287,10 @@ def _visit_drawn(visit: _Visit, p: list[float], q: list[float], replaced: bool) 
             return token
         next_beta = beta + 1.0 / (kappa * Z)
         s = kappa * (yield Mass(w, next_beta))
-        if s + 1.0 - c <= 0.0:  # w = 1 and nothing is left: rounding
+        rest = s + (1.0 - c)  # in this order a small s survives where c is 1
+        if rest <= 0.0:  # w = 1 and nothing is left: rounding
             continue
-        beta, kappa, c = next_beta, kappa / (s + 1.0 - c), s / (s + 1.0 - c)
+        beta, kappa, c = next_beta, kappa / rest, s / rest
         if not replaced:
             tried.append(x)
             Z -= q[i]
@@ -292,7 +313,7 @@ def _visit_greedy(visit: _Visit, p: list[float], q: list[float]) -> Step:
         if token is not None:
             return token
         tested = (node, x) if px > 0.0 else None
-    left = 1.0 - w + w * sum(pt for _, _, pt in top) + (yield Mass(w, beta, T))
+    left = (1.0 - w) + w * sum(pt for _, _, pt in top) + (yield Mass(w, beta, T))
     if left <= 0.0:
         beta, left = 0.0, 1.0
     return (yield from visit.offer(top, left, beta, tested))

@@ -6,6 +6,7 @@ vocabulary, so only rows on a request's own path are read. Requests are taken in
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,17 +25,35 @@ class _Logits:
         self.logits = logits
         self.rows = None if rows is None else host(rows)
 
+    def row(self, request: int, node: int) -> torch.Tensor:
+        """`[1, vocab]`, a view."""
+        if self.rows is None:
+            return self.logits.select(0, request).narrow(0, node, 1)
+        return self.logits.narrow(0, self.rows.item(request, node), 1)
+
     def take(self, requests: list[int], nodes: list[int]) -> torch.Tensor:
         """`[len(requests), vocab]`; a single row comes as a view."""
         if len(requests) == 1:
-            request, node = requests[0], nodes[0]
-            if self.rows is None:
-                return self.logits[request, node][None]
-            return self.logits[int(self.rows[request, node])][None]
+            return self.row(requests[0], nodes[0])
         device = self.logits.device
         if self.rows is None:
             return self.logits[torch.tensor(requests, device=device), torch.tensor(nodes, device=device)]
         return self.logits[torch.from_numpy(self.rows[requests, nodes].astype(np.int64)).to(device)]
+
+
+@lru_cache(maxsize=4096)
+def _topology(parents: tuple[int, ...]) -> list[list[int]] | None:
+    """Each node's children in draw order, None if the parents describe no tree; the same trees come again and again."""
+    children: list[list[int]] = [[] for _ in parents]
+    if parents[0] != -1:
+        return None
+    for node, parent in enumerate(parents[1:], 1):
+        if parent == -1:
+            continue
+        if not 0 <= parent < node or (parent > 0 and parents[parent] == -1):
+            return None
+        children[parent].append(node)
+    return children
 
 
 class _Batch:
@@ -54,28 +73,27 @@ class _Batch:
         self.target, self.draft = target, draft
         self.sampling, self.draft_sampling = sampling, draft_sampling
         self.max_depth = max_depth
-        self.tokens, self.parents, self.uniforms = host(tokens), host(parents), host(uniforms)
-        if self.parents.ndim == 1:
-            self.parents = self.parents[None]
+        self.tokens, self.uniforms = host(tokens), host(uniforms)
         self.vocab = target.logits.shape[-1]
-        # children of node i of tree b, in draw order: order[b, start[b, i] : start[b, i + 1]]
-        trees, nodes = self.parents.shape
-        self._order = self.parents.argsort(axis=1, kind="stable")
-        sorted_parents = np.take_along_axis(self.parents, self._order, 1)
-        self._start = [np.searchsorted(row, np.arange(nodes + 1)) for row in sorted_parents]
+        rows = host(parents).tolist()
+        rows = [rows] if parents.dim() == 1 else rows
+        self._topologies = [_topology(tuple(row)) for row in rows]
+
+    def topology(self, request: int) -> list[list[int]] | None:
+        """Children by node, None if there is no tree."""
+        return self._topologies[request if len(self._topologies) > 1 else 0]
 
     def tree(self, request: int) -> rules.Tree:
         """The scalar side of one request."""
-        shared = request if len(self._start) > 1 else 0
-        order, start = self._order[shared], self._start[shared].tolist()
-        tokens, vocab, deepest = self.tokens[request], self.vocab, self.max_depth
+        topology = self.topology(request)
+        assert topology is not None
+        tokens, vocab, deepest = self.tokens[request].tolist(), self.vocab, self.max_depth
         rows = self.target.rows
 
         def children(node: int, depth: int) -> list[rules.Child]:
             if depth >= deepest:
                 return []
-            ids = order[start[node] : start[node + 1]].tolist()
-            found = [(i, x if 0 <= x < vocab else rules.MISSING) for i, x in zip(ids, tokens[ids].tolist(), strict=True)]
+            found = [(i, x if 0 <= (x := tokens[i]) < vocab else rules.MISSING) for i in topology[node]]
             return found if any(x != rules.MISSING for _, x in found) else []
 
         def is_virtual(node: int) -> bool:
@@ -87,90 +105,177 @@ class _Batch:
         """`[batch]` int32: the status bits that need no row."""
         batch, nodes = self.tokens.shape
         status = np.zeros(batch, np.int32)
-        parents, below = self.parents, self.parents[:, 1:]
-        used = below >= 0
-        if nodes > 1:
-            candidates = self.tokens[:, 1:]
-            if candidates.min() < rules.MISSING or candidates.max() >= self.vocab:
-                wrong = ((candidates < rules.MISSING) | (candidates >= self.vocab)) & used
-                status |= np.where(wrong.any(1), np.int32(Status.BAD_TOKEN), np.int32(0))
-        orphan = used & (below > 0) & (np.take_along_axis(parents, below.clip(0, nodes - 1), 1) < 0)
-        bad = ((below < -1) | (below >= np.arange(1, nodes)) | orphan).any(1) | (parents[:, 0] != -1)
+        if batch == 0:
+            return status
+        if nodes > 1 and (self.tokens.max() >= self.vocab or self.tokens.min() < rules.MISSING):
+            wrong = (self.tokens < rules.MISSING) | (self.tokens >= self.vocab)
+            status |= np.where((wrong & self._in_use())[:, 1:].any(1), np.int32(Status.BAD_TOKEN), np.int32(0))
+        if any(topology is None for topology in self._topologies):
+            bad = [self.topology(request) is None for request in range(batch)]
+            status |= np.where(bad, np.int32(Status.BAD_TREE), np.int32(0))
         for side, lowest in ((self.target, -1), (self.draft, 0)):
             if side is not None and side.rows is not None:
                 outside = (side.rows < lowest) | (side.rows >= side.logits.shape[0])
                 if side is self.target:
-                    in_use = np.concatenate([np.ones((len(parents), 1), bool), used], 1)
-                    bad = bad | (outside & in_use).any(1) | (side.rows[:, 0] < 0)
-                else:
-                    # only rows of nodes with children are read
-                    inner = np.broadcast_to(below.clip(0, nodes - 1), (batch, nodes - 1))
-                    bad = bad | (np.take_along_axis(outside, inner, 1) & used).any(1)
-        if bad.any():
-            status |= np.where(bad, np.int32(Status.BAD_TREE), np.int32(0))
+                    bad_row = (outside & self._in_use()).any(1) | (side.rows[:, 0] < 0)
+                else:  # only rows of nodes with children are read
+                    bad_row = (outside & self._inner()).any(1)
+                status |= np.where(bad_row, np.int32(Status.BAD_TREE), np.int32(0))
         uniforms = self.uniforms
-        if batch and not (uniforms.min() >= 0 and uniforms.max() < 1):
+        # as unsigned words, the numbers in [0, 1) are the smallest
+        if uniforms.view(np.uint32).max() >= _ONE:
             sound = ((uniforms >= 0) & (uniforms < 1)).all(1)
             status |= np.where(sound, np.int32(0), np.int32(Status.BAD_UNIFORM))
         sampling = self.sampling.out_of_range()
-        if self.draft is not None:
+        if self.draft is not None and self.draft_sampling is not self.sampling:
             sampling = sampling | self.draft_sampling.out_of_range()
-        status |= np.where(sampling, np.int32(Status.BAD_SAMPLING), np.int32(0))
+        if sampling is not False:
+            status |= np.where(sampling, np.int32(Status.BAD_SAMPLING), np.int32(0))
         return status
+
+    def _in_use(self) -> Array:
+        """`[batch, nodes]` bool: the root and every node that is no padding."""
+        used = np.zeros(self.tokens.shape, bool)
+        for request in range(len(used)):
+            for siblings in self.topology(request) or ():
+                used[request, siblings] = True
+        used[:, 0] = True
+        return used
+
+    def _inner(self) -> Array:
+        """`[batch, nodes]` bool: nodes with children."""
+        topologies = (self.topology(request) or [[]] * self.tokens.shape[1] for request in range(len(self.tokens)))
+        return np.array([[bool(siblings) for siblings in topology] for topology in topologies])
+
+
+_NONE = np.zeros((0, 0), np.float32)
+_ONE = 0x3F800000  # 1.0
+
+
+class _Outputs:
+    """What `verify` returns, filled in request by request."""
+
+    def __init__(self, batch: int, width: int, tokens: Array, status: Array) -> None:
+        self.path = np.full((batch, width), -1, np.int32)
+        self.path[:, 0] = 0
+        self.length = np.ones(batch, np.int32)
+        self.emitted = np.full((batch, width), -1, np.int64)
+        self.status = status
+        self._tokens = tokens
+
+    def end(self, request: int, path: list[int], token: int, status: int = 0) -> None:
+        """The request has accepted `path` and emits `token` last."""
+        last = len(path) - 1
+        if last:
+            self.path[request, : last + 1] = path
+            self.emitted[request, :last] = self._tokens[request, path[1:]]
+            self.length[request] = last + 1
+        self.emitted[request, last] = token
+        if status:
+            self.status[request] |= status
+
+    def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        path, length = torch.from_numpy(self.path), torch.from_numpy(self.length)
+        emitted, status = torch.from_numpy(self.emitted), torch.from_numpy(self.status)
+        if device.type == "cpu":
+            return path, length, emitted, status
+        return path.to(device), length.to(device), emitted.to(device), status.to(device)
 
 
 class _Walk:
     """One request under way: its coroutine and what it waits for."""
 
-    def __init__(self, request: int, tree: rules.Tree, rule: rules.Step) -> None:
-        self.request, self.tree, self.rule = request, tree, rule
-        self.wants: Any = None
-        self.slot = 0
+    __slots__ = ("request", "rule", "slot", "tree", "wants")
+
+    def __init__(self, request: int, tree: rules.Tree, rule: rules.Step, slot: int = 0) -> None:
+        self.request, self.tree, self.rule, self.slot = request, tree, rule, slot
+        self.wants: Any = next(rule)
 
 
-class _Chunk:
-    """Answers what the rules of a few requests ask for, as passes over `[requests, vocab]` buffers."""
+class _Alone:
+    """Answers one request's rule: the schedule for long rows, where a pass is worth more than a batch of them."""
 
-    def __init__(self, batch: _Batch, walks: list[_Walk]) -> None:
+    def __init__(self, batch: _Batch, room: rows_torch.Buffers) -> None:
+        self.batch, self.room = batch, room
+        self.p, self.q = room.p[:1], room.q[:1]
+        self.masses: Array = _NONE
+
+    def run(self, walk: _Walk, outputs: _Outputs) -> None:
+        """Run the rule to its end."""
+        send, wants = walk.rule.send, walk.wants
+        held: Any = None  # what the weights hold
+        try:
+            while True:
+                kind = type(wants)
+                if kind is rules.Rows:
+                    held = None
+                    answer = self._rows(walk.request, wants)
+                    if isinstance(answer, Status):
+                        return outputs.end(walk.request, walk.tree.path, PLACEHOLDER, int(answer))
+                else:
+                    if held != wants:
+                        self._fill(wants)
+                        held = wants
+                    if kind is rules.Mass:
+                        answer = float(self.masses.sum()) * (wants.w or 1.0)
+                    else:
+                        u = walk.tree.uniforms
+                        answer = rows_torch.draw(self.room.weights[:1], self.masses, u[-2:-1], u[-1:])[0]
+                wants = send(answer)
+        except StopIteration as stop:
+            outputs.end(walk.request, walk.tree.path, stop.value)
+
+    def _rows(self, request: int, wants: rules.Rows) -> tuple[list[float], list[float]] | Status:
+        batch, node, tokens = self.batch, wants.node, wants.tokens
+        status = rows_torch.law(batch.target.row(request, node), batch.sampling.take([request]), self.p, None)
+        if status:
+            return status[0]
+        if not tokens:
+            return [], []
+        p = rows_torch.read(self.p, [0], [tokens])[0]
+        if batch.draft is None:
+            return p, p
+        status = rows_torch.law(batch.draft.row(request, node), batch.draft_sampling.take([request]), self.q, None)
+        return status[0] if status else (p, rows_torch.read(self.q, [0], [tokens])[0])
+
+    def _fill(self, wants: rules.Mass | rules.Draw) -> None:
+        room = self.room
+        rows_torch.fill(room.p_row, room.q_row, wants, room.weights_row)
+        torch.sum(room.blocks, -1, out=room.masses)
+        self.masses = host(room.masses)[:1]
+
+
+class _Together:
+    """Answers the rules of several requests: the schedule for short rows, as passes over `[requests, vocab]`."""
+
+    def __init__(self, batch: _Batch, walks: list[_Walk], room: rows_torch.Buffers) -> None:
         self.batch, self.walks = batch, walks
-        self.device = batch.target.logits.device
-        self.p, self.q, self.weights = rows_torch.buffers(len(walks), batch.vocab, self.device)
-        self.held: list[tuple[_Walk, Any]] = []  # whose weights the buffer holds, and which
+        self.p, self.q, self.weights = room.p[: len(walks)], room.q[: len(walks)], room.weights[: len(walks)]
+        # whose weights the buffer holds, and which
+        self.held: list[tuple[int, rules.Mass | rules.Draw]] = []
         self.masses: Array = np.zeros((0, 0), np.float32)
-        for slot, walk in enumerate(walks):
-            walk.slot = slot
+        self._serve = {rules.Rows: self._rows, rules.Mass: self._mass, rules.Draw: self._draw}
 
-    def run(self, path: Array, length: Array, emitted: Array, status: Array) -> None:
-        """Run every rule to its end and write what it decided."""
-        for walk in self.walks:
-            walk.wants = next(walk.rule)
+    def run(self, outputs: _Outputs) -> None:
+        """Run every rule to its end."""
         alive = self.walks
         while alive:
-            answers: dict[_Walk, Any] = {}
-            for kind, serve in ((rules.Rows, self._rows), (rules.Mass, self._mass), (rules.Draw, self._draw)):
-                asking = [walk for walk in alive if isinstance(walk.wants, kind)]
-                if asking:
-                    answers.update(zip(asking, serve(asking), strict=True))
-            still = []
-            for walk in alive:
-                answer = answers[walk]
+            # one kind of request a round; the others wait and are joined by more of their kind
+            kind = type(alive[0].wants)
+            asking = alive if len(alive) == 1 else [walk for walk in alive if type(walk.wants) is kind]
+            done = set()
+            for walk, answer in zip(asking, self._serve[kind](asking), strict=True):
                 try:
                     if isinstance(answer, Status):
-                        status[walk.request] |= int(answer)
-                        self._finish(walk, PLACEHOLDER, path, length, emitted)
+                        outputs.end(walk.request, walk.tree.path, PLACEHOLDER, int(answer))
+                        done.add(walk)
                         continue
                     walk.wants = walk.rule.send(answer)
-                    still.append(walk)
                 except StopIteration as stop:
-                    self._finish(walk, stop.value, path, length, emitted)
-            alive = still
-
-    def _finish(self, walk: _Walk, token: int, path: Array, length: Array, emitted: Array) -> None:
-        nodes, request = walk.tree.path, walk.request
-        path[request, : len(nodes)] = nodes
-        emitted[request, : len(nodes) - 1] = self.batch.tokens[request, nodes[1:]]
-        emitted[request, len(nodes) - 1] = token
-        length[request] = len(nodes)
+                    outputs.end(walk.request, walk.tree.path, stop.value)
+                    done.add(walk)
+            if done:
+                alive = [walk for walk in alive if walk not in done]
 
     def _rows(self, asking: list[_Walk]) -> list[Any]:
         """Load p, and q where there are children; answered with their values at the children's tokens."""
@@ -180,17 +285,12 @@ class _Chunk:
             inner = [walk for walk in asking if walk.wants.tokens and walk not in broken]
             if inner:
                 broken |= self._load(inner, self.q, self.batch.draft, self.batch.draft_sampling)
-        sizes = [len(walk.wants.tokens) for walk in asking]
-        at = [walk.slot for walk in asking for _ in walk.wants.tokens]
-        tokens = [max(x, 0) for walk in asking for x in walk.wants.tokens]
-        p = rows_torch.read(self.p, at, tokens)
-        q = p if self.batch.draft is None else rows_torch.read(self.q, at, tokens)
-        answers: list[Any] = []
-        end = 0
-        for walk, size in zip(asking, sizes, strict=True):
-            start, end = end, end + size
-            answers.append(broken.get(walk) or (p[start:end], q[start:end]))
-        return answers
+        slots = [walk.slot for walk in asking]
+        tokens = [walk.wants.tokens for walk in asking]
+        p = rows_torch.read(self.p, slots, tokens)
+        q = p if self.batch.draft is None else rows_torch.read(self.q, slots, tokens)
+        answers: list[Any] = list(zip(p, q, strict=True))
+        return [broken.get(w, a) for w, a in zip(asking, answers, strict=True)] if broken else answers
 
     def _load(
         self, asking: list[_Walk], buffer: torch.Tensor, side: _Logits, sampling: Sampling
@@ -202,24 +302,23 @@ class _Chunk:
         return {walk: bits for walk, bits in zip(asking, status, strict=True) if bits} if status else {}
 
     def _mass(self, asking: list[_Walk]) -> list[float]:
-        self._fill(asking)
-        total: list[float] = self.masses.sum(1).tolist()
+        total: list[float] = self._fill(asking).sum(1).tolist()
         # the buffer holds (p - beta / w q)_+, or q itself
         return [mass * (walk.wants.w or 1.0) for mass, walk in zip(total, asking, strict=True)]
 
     def _draw(self, asking: list[_Walk]) -> list[int | None]:
-        if self.held != [(walk, tuple(walk.wants)) for walk in asking]:
+        if self.held != [(walk.slot, walk.wants) for walk in asking]:
             self._fill(asking)
-        uniforms = np.array([walk.tree.uniforms[-2:] for walk in asking])
-        tokens = rows_torch.draw(self.weights[: len(asking)], self.masses, uniforms[:, 0], uniforms[:, 1])
-        return [token if mass > 0 else None for token, mass in zip(tokens, self.masses.sum(1).tolist(), strict=True)]
+        uniforms = [walk.tree.uniforms[-2:] for walk in asking]
+        return rows_torch.draw(self.weights, self.masses, [u for u, _ in uniforms], [u for _, u in uniforms])
 
-    def _fill(self, asking: list[_Walk]) -> None:
+    def _fill(self, asking: list[_Walk]) -> Array:
         """Put each request's (w p - beta q)_+ / w outside `without` into the weights, and sum its blocks."""
         wants = [walk.wants for walk in asking]
         slots = [walk.slot for walk in asking]
         self.masses = rows_torch.residual(self.p, self.q, slots, wants, self.weights)
-        self.held = [(walk, tuple(walk.wants)) for walk in asking]
+        self.held = list(zip(slots, wants, strict=True))
+        return self.masses
 
 
 def verify(
@@ -251,20 +350,24 @@ def verify(
         max_depth,
     )
     program = rules.RULES[rule]
-    status = inputs.faults()
-    path = np.full((batch, max_depth + 1), -1, np.int32)
-    emitted = np.full((batch, max_depth + 1), -1, np.int64)
-    length = np.ones(batch, np.int32)
-    refused = status & ~int(Status.BAD_TOKEN) != 0
-    path[:, 0], emitted[refused, 0] = 0, PLACEHOLDER
-    todo = np.flatnonzero(~refused).tolist()
+    outputs = _Outputs(batch, max_depth + 1, inputs.tokens, inputs.faults())
+    todo = list(range(batch))
+    if outputs.status.any():
+        refused = outputs.status & ~int(Status.BAD_TOKEN) != 0
+        outputs.emitted[refused, 0] = PLACEHOLDER
+        todo = np.flatnonzero(~refused).tolist()
     step = rows_torch.chunk_rows(inputs.vocab)
+    device = target_logits.device
+    if step == 1 or len(todo) == 1:
+        alone = _Alone(inputs, rows_torch.buffers(1, inputs.vocab, device))
+        for request in todo:
+            tree = inputs.tree(request)
+            alone.run(_Walk(request, tree, program(tree, proposal)), outputs)
+        return outputs.tensors(device)
     for start in range(0, len(todo), step):
         walks = []
-        for request in todo[start : start + step]:
+        for slot, request in enumerate(todo[start : start + step]):
             tree = inputs.tree(request)
-            walks.append(_Walk(request, tree, program(tree, proposal)))
-        _Chunk(inputs, walks).run(path, length, emitted, status)
-    outputs = (torch.from_numpy(array) for array in (path, length, emitted, status))
-    path_t, length_t, emitted_t, status_t = (tensor.to(target_logits.device) for tensor in outputs)
-    return path_t, length_t, emitted_t, status_t
+            walks.append(_Walk(request, tree, program(tree, proposal), slot))
+        _Together(inputs, walks, rows_torch.buffers(len(walks), inputs.vocab, device)).run(outputs)
+    return outputs.tensors(device)

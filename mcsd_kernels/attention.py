@@ -124,6 +124,10 @@ def _tree_attention(
     mask = dense_mask(visible, prefix, used)
     if window is not None:
         mask &= _inside_window(visible, ancestors, prefix, used, window)
+    seen = mask.any(1)
+    if not bool(seen.all()):  # what nobody sees may hold anything, NaN too, and 0 * NaN is NaN
+        key = torch.where(seen[:, None, :, None], key, 0.0)
+        value = torch.where(seen[:, None, :, None], value, 0.0)
     mask = mask[:, None]
     if softcap is None and sinks is None:
         grouped = heads != key.shape[1]

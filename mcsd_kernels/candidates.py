@@ -100,7 +100,8 @@ def _draw_candidates(
     for start in range(0, len(todo), size):
         some = todo[start : start + size]
         logits = rows_torch.take(draft_logits, some)
-        law, _, weights = rows_torch.buffers(len(some), vocab, logits.device)
+        room = rows_torch.buffers(len(some), vocab, logits.device)
+        law, weights = room.p[: len(some)], room.weights[: len(some)]
         rows_torch.law(logits, sampling.take(some.tolist()), law, None)
         chosen = k - draws if proposal in ("point", "greedy") else 0
         tokens[some, :chosen] = _most_probable(logits, law, chosen)
@@ -142,8 +143,9 @@ def _draw_one(
     weights: torch.Tensor, masses: Array, u_block: Array, u_place: Array, proposal: str
 ) -> tuple[Array, Array]:
     """One draw a row; without replacement the token's weight is then gone and its block is summed afresh."""
-    found = np.array(rows_torch.draw(weights, masses, u_block, u_place))
-    drawn = masses.sum(1) > 0
+    tokens = rows_torch.draw(weights, masses, u_block.tolist(), u_place.tolist())
+    found = np.array([MISSING if token is None else token for token in tokens])
+    drawn = found >= 0
     if proposal == "without_replacement" and drawn.any():
         at = np.flatnonzero(drawn)
         rows = torch.from_numpy(at).to(weights.device)
@@ -151,7 +153,7 @@ def _draw_one(
         block = found[at] // DRAW_BLOCK
         blocks = weights.view(len(masses), -1, DRAW_BLOCK)
         masses[at, block] = host(blocks[rows, torch.from_numpy(block).to(weights.device)].sum(-1))
-    return np.where(drawn, found, MISSING), masses
+    return found, masses
 
 
 def _fake(

@@ -47,8 +47,7 @@ def check_step(step: int | torch.Tensor, seeds: torch.Tensor) -> torch.Tensor | 
     if not isinstance(step, torch.Tensor):
         check.whole("step", step, 0, _WORD)
         return None
-    if step.dim():
-        check.tensor("step", step, tuple(seeds.shape), check.INTEGERS)
+    check.tensor("step", step, tuple(seeds.shape) if step.dim() else (), check.INTEGERS)
     check.same_device("seeds", seeds, {"step": step})
     return step
 

@@ -447,10 +447,12 @@ def _visit_drawn(
             return outcome
         next_beta = beta + 1.0 / (kappa * Z)
         s = kappa * float(_residual(p, q, w, next_beta).sum())
-        if s + 1.0 - c <= 0:
-            # w = 1 and nothing left: only rounding comes here, and the residual before this test is still a law
+        # grouped so that c = 1 stays exactly 1, however small s is: a node entered with weight 1 cannot fail
+        norm = s + (1.0 - c)
+        if norm <= 0:
+            # nothing is left of w = 1: only rounding comes here, and the residual before this test is still a law
             continue
-        beta, kappa, c = next_beta, kappa / (s + 1.0 - c), s / (s + 1.0 - c)
+        beta, kappa, c = next_beta, kappa / norm, s / norm
         if problem.proposal == "without_replacement":
             tried.append(x)
             Z = _less(Z, q, tried)

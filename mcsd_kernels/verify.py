@@ -87,7 +87,8 @@ def verify(
         raise ValueError(f'draft_logits: expected a tensor for proposal="{proposal}", got None')
     else:
         _check_logits("draft_logits", draft_logits, "draft_rows", draft_rows, batch, nodes, vocab)
-    check.tensor("parents", parents, (nodes,) if parents.dim() == 1 else (batch, nodes), check.INTEGERS)
+    shared = isinstance(parents, torch.Tensor) and parents.dim() == 1
+    check.tensor("parents", parents, (nodes,) if shared else (batch, nodes), check.INTEGERS)
     check.tensor("uniforms", uniforms, (batch, nodes + 2), (torch.float32,))
     same = {"draft_logits": draft_logits, "tokens": tokens, "parents": parents, "uniforms": uniforms}
     check.same_device("target_logits", target_logits, same | {"target_rows": target_rows, "draft_rows": draft_rows})

@@ -31,6 +31,11 @@ TREES: dict[str, tuple[list[int], str]] = {
 LAWS: dict[str, tuple[list[float], list[float], str]] = {
     "overlap": ([0.4, 0.3, 0.15, 0.1, 0.05], [0.1, 0.35, 0.3, 0.05, 0.2], "the ordinary case"),
     "equal": ([0.4, 0.3, 0.15, 0.1, 0.05], [0.4, 0.3, 0.15, 0.1, 0.05], "p = q: the first candidate always stays"),
+    "almost-equal": (
+        [0.4, 0.3, 0.15, 0.1, 0.05],
+        [0.4 + 1e-15, 0.3 - 1e-15, 0.15, 0.1, 0.05],
+        "the residual is of the size of rounding, and still a law",
+    ),
     "uniform": ([0.2] * 5, [0.2] * 5, "ties everywhere, in the filters too"),
     "tied": ([0.3, 0.3, 0.2, 0.1, 0.1], [0.1, 0.3, 0.3, 0.15, 0.15], "ties at a cut-off; q = p for one token"),
     "disjoint": ([0.5, 0.5, 0.0, 0.0, 0.0], [0.0, 0.0, 0.2, 0.3, 0.5], "no candidate can be accepted"),

@@ -14,9 +14,7 @@ ONES = 0xFFFFFFFF
 
 # Random123's published answers for philox4x32 with 10 rounds: counter, key, words
 KNOWN = [
-    pytest.param(
-        [0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8], id="all-zero"
-    ),
+    pytest.param([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8], id="all-zero"),
     pytest.param(
         [ONES] * 4, [ONES] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD], id="all-ones-every-product-wraps"
     ),

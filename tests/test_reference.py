@@ -1,4 +1,4 @@
-"""The oracle is proved here: every draw and every decision of every rule is enumerated, and the laws compared exactly."""
+"""The oracle, proved: every draw and every decision of every rule is enumerated, and the laws compared exactly."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import cases
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-import cases
 from mcsd_kernels import reference
 from mcsd_kernels.reference import Candidate, Coins, Outcome, Problem, candidate_law, row_law
 from mcsd_kernels.sampling import SamplingParams
@@ -73,6 +73,7 @@ class EveryBranch:
         return self.choices.choose([probability, 1 - probability]) == 0
 
     def draw(self, weights: Law) -> int:
+        assert weights.sum() > 0, "a rule asked for a draw from nothing"
         self.drawn = weights / weights.sum()
         return PLACEHOLDER
 
@@ -122,23 +123,33 @@ class DraftedTree:
         )
 
 
-def emitted_law(model: Model, parents: list[int], proposal: str, rule: Rule, **options: Any) -> dict[Context, float]:
-    """The joint law of the tokens that one call emits, however many they are."""
+@dataclass
+class Emitted:
+    """What one call emits: the joint law of the tokens, however many, and how many nodes are accepted on average.
 
+    An accepted virtual node counts among `accepted`, though it costs its call the token that would have followed it.
+    """
+
+    law: dict[Context, float]
+    accepted: float
+
+
+def emitted_by(model: Model, parents: list[int], proposal: str, rule: Rule, **options: Any) -> Emitted:
     def run(choices: Choices) -> tuple[Context, int, Law | None]:
         tree = DraftedTree(model, parents, proposal, choices, **options)
         coins = EveryBranch(choices)
         path, last = rule(tree.problem(), coins)
         return tuple(tree.tokens[i] for i in path[1:]), last, coins.drawn
 
-    law: dict[Context, float] = defaultdict(float)
+    emitted = Emitted(defaultdict(float), 0.0)
     for (accepted, last, drawn), probability in all_runs(run):
+        emitted.accepted += probability * (len(accepted) + (drawn is None))
         if drawn is None:
-            law[(*accepted, last)] += probability
+            emitted.law[(*accepted, last)] += probability
         else:
             for v in np.flatnonzero(drawn):
-                law[(*accepted, int(v))] += probability * float(drawn[v])
-    return law
+                emitted.law[(*accepted, int(v))] += probability * float(drawn[v])
+    return emitted
 
 
 def error(model: Model, emitted: dict[Context, float], count: int) -> float:
@@ -161,10 +172,6 @@ def _continued(model: Model, law: dict[Context, float], length: int) -> dict[Con
             if share > 0:
                 longer[(*tokens, v)] += probability * float(share)
     return longer
-
-
-def mean_length(emitted: dict[Context, float]) -> float:
-    return sum(len(tokens) * probability for tokens, probability in emitted.items())
 
 
 def depth(parents: list[int]) -> int:
@@ -214,14 +221,17 @@ SAMPLED: dict[str, tuple[dict[str, float], dict[str, float]]] = {
 
 
 def prove(model: Model, parents: list[int], proposal: str, virtual: tuple[int, ...] = ()) -> None:
-    """Both rules are lossless, and traversal emits at least as many tokens."""
-    lengths = {}
+    """Both rules are lossless, and traversal accepts at least as many nodes."""
+    accepted = {}
     for name, rule in RULES.items():
-        emitted = emitted_law(model, parents, proposal, rule, virtual=virtual)
-        assert abs(sum(emitted.values()) - 1) <= EXACT, name
-        assert error(model, emitted, depth(parents) + 1) <= EXACT, name
-        lengths[name] = mean_length(emitted)
-    assert lengths["traversal"] >= lengths["recursive"] - EXACT
+        emitted = emitted_by(model, parents, proposal, rule, virtual=virtual)
+        assert abs(sum(emitted.law.values()) - 1) <= EXACT, name
+        assert error(model, emitted.law, depth(parents) + 1) <= EXACT, name
+        if not virtual:
+            tokens = sum(len(tokens) * probability for tokens, probability in emitted.law.items())
+            assert tokens == pytest.approx(emitted.accepted + 1, abs=EXACT), name
+        accepted[name] = emitted.accepted
+    assert accepted["traversal"] >= accepted["recursive"] - EXACT
 
 
 PROPOSALS = pytest.mark.parametrize("proposal", cases.PROPOSALS)
@@ -281,6 +291,11 @@ def test_lossless_with_virtual_nodes(parents: list[int], virtual: tuple[int, ...
 # Negative controls: what an enumeration must be able to see.
 
 
+def test_a_weight_of_one_survives_a_residual_of_rounding_size() -> None:
+    """Computed as (s + 1) - c, the c of a node entered with weight 1 would leave 1, and the root draw from nothing."""
+    prove(random_model(4, 110), [-1, 0, 0, 0], "without_replacement")
+
+
 def test_control_candidates_sorted_by_q_are_biased() -> None:
     model = random_model(5, 1)
 
@@ -288,8 +303,8 @@ def test_control_candidates_sorted_by_q_are_biased() -> None:
         return tuple(sorted(candidates, key=lambda x: -q[x]))
 
     for rule in RULES.values():
-        emitted = emitted_law(model, [-1, 0, 0], "without_replacement", rule, arrange=by_q)
-        assert error(model, emitted, 2) > BIASED
+        emitted = emitted_by(model, [-1, 0, 0], "without_replacement", rule, arrange=by_q)
+        assert error(model, emitted.law, 2) > BIASED
 
 
 def test_control_a_filter_on_sampled_candidates_is_biased() -> None:
@@ -299,8 +314,8 @@ def test_control_a_filter_on_sampled_candidates_is_biased() -> None:
         return tuple(x if q[x] > 0.2 else -1 for x in candidates)
 
     for rule in RULES.values():
-        emitted = emitted_law(model, [-1, 0, 0], "with_replacement", rule, arrange=only_likely)
-        assert error(model, emitted, 2) > BIASED
+        emitted = emitted_by(model, [-1, 0, 0], "with_replacement", rule, arrange=only_likely)
+        assert error(model, emitted.law, 2) > BIASED
 
 
 def test_control_a_stale_residual_is_biased() -> None:
@@ -312,16 +327,16 @@ def test_control_a_stale_residual_is_biased() -> None:
         return [0], coins.draw(np.maximum(p - q, 0.0))
 
     model = random_model(5, 1)
-    assert error(model, emitted_law(model, [-1, 0], "without_replacement", stale), 2) <= EXACT
+    assert error(model, emitted_by(model, [-1, 0], "without_replacement", stale).law, 2) <= EXACT
     for proposal in ("with_replacement", "without_replacement"):
-        assert error(model, emitted_law(model, [-1, 0, 0], proposal, stale), 2) > BIASED
+        assert error(model, emitted_by(model, [-1, 0, 0], proposal, stale).law, 2) > BIASED
 
 
 def test_control_top_k_children_tested_as_if_sampled_are_biased() -> None:
     model = random_model(5, 1)
     for rule in RULES.values():
-        emitted = emitted_law(model, [-1, 0, 0], "without_replacement", rule, drawn_as="point")
-        assert error(model, emitted, 2) > BIASED
+        emitted = emitted_by(model, [-1, 0, 0], "without_replacement", rule, drawn_as="point")
+        assert error(model, emitted.law, 2) > BIASED
 
 
 class CoinsByPosition(EveryBranch):
@@ -395,20 +410,21 @@ TREE = [-1, 0, 0]
 @pytest.mark.parametrize("rule", cases.RULES)
 @PROPOSALS
 def test_uniforms_give_the_enumerated_law(rule: str, proposal: str) -> None:
-    """Chi-square of 1500 calls against the target, p > 1e-3 at a fixed seed: coins and rows meet the right nodes."""
+    """Chi-square of two tokens over 1500 calls at a fixed seed, p > 1e-3: each coin and each row meets its node."""
     rng = np.random.default_rng(5)
     trials, parents = 1500, [-1, 0, 0, 1, 2]
     model = random_model(3, 8)
     tokens = np.zeros((trials, 5), dtype=np.int64)
     p, q = np.zeros((trials, 5, 3)), np.zeros((trials, 5, 3))
     for t in range(trials):
+        contexts: dict[int, Context] = {0: ()}
         for i in range(5):
-            context = tuple(int(tokens[t, j]) for j in reversed(reference._lineage(parents, i)) if j > 0)
-            p[t, i], q[t, i] = model.target(context), model.draft(context)
-            nodes = [j for j, parent in enumerate(parents) if parent == i and j > 0]
+            if i > 0:
+                contexts[i] = (*contexts[parents[i]], int(tokens[t, i]))
+            p[t, i], q[t, i] = model.target(contexts[i]), model.draft(contexts[i])
+            nodes = [j for j in range(1, 5) if parents[j] == i]
             if nodes:
                 tokens[t, nodes] = cases.draw_children(rng, q[t, i], len(nodes), proposal)
-    # the caller's point candidates may depend on anything but the coins, random_case's are drawn at random
     got = reference.verify(
         torch.from_numpy(cases.logits_of(p)).float(),
         torch.from_numpy(cases.logits_of(q)).float(),
@@ -418,15 +434,379 @@ def test_uniforms_give_the_enumerated_law(rule: str, proposal: str) -> None:
         proposal=proposal,
         rule=rule,
     )
-    first, second = got.tokens[:, 0].numpy(), got.tokens[:, 1].numpy()
-    statistic = 0.0
-    for v in range(3):
-        expected = trials * model.target(())[v]
-        statistic += ((first == v).sum() - expected) ** 2 / expected
-        longer = (first == v) & (second >= 0)
-        for w in range(3):
-            expected = longer.sum() * model.target((v,))[w]
-            statistic += ((longer & (second == w)).sum() - expected) ** 2 / expected
-    # 2 + 3 * 2 degrees of freedom; how many tokens come is not independent of the second one, so only for the first
-    assert math.isfinite(statistic)
-    assert sum(((first == v).sum() - trials * model.target(())[v]) ** 2 / (trials * model.target(())[v]) for v in range(3)) < 13.8
+    assert not got.status.any()
+    counts = np.zeros((3, 3))
+    for first, second in got.tokens[:, :2].tolist():
+        # where the call emitted one token, the target continues
+        counts[first, second if second >= 0 else rng.choice(3, p=model.target((first,)))] += 1
+    expected = trials * np.array([[model.target(())[v] * model.target((v,))[w] for w in range(3)] for v in range(3)])
+    eight_degrees_at_1e_3 = 26.12
+    assert ((counts - expected) ** 2 / expected).sum() < eight_degrees_at_1e_3
+
+
+@pytest.mark.parametrize("rule", cases.RULES)
+def test_a_coin_of_zero_takes_no_impossible_token(rule: str) -> None:
+    p, q = [[0.0, 0.4, 0.6], [0.2, 0.3, 0.5], [0.0, 1.0, 0.0]], [[0.8, 0.2, 0.0]] * 3
+    path, tokens, status = call(p, q, [9, 0, 1], TREE, [0.0] * 5, rule=rule)
+    assert (path, tokens, status) == ([0, 2], [1, 1], 0)
+
+
+@pytest.mark.parametrize("rule", cases.RULES)
+@PROPOSALS
+def test_missing_and_bad_tokens_are_passed_over(rule: str, proposal: str) -> None:
+    """Neither changes what happens to the others; only an impossible token is reported."""
+    parents, uniforms = [-1, 0, 0, 0], [0.0, 0.0, 0.0, 0.45, 0.0, 0.3]
+    rows = [P[0], P[1], P[2], P[2]], [Q[0]] * 4
+    answers = [call(*rows, [9, 1, odd, 2], parents, uniforms, rule=rule, proposal=proposal) for odd in (-1, 3, -2)]
+    assert answers[0][:2] == answers[1][:2] == answers[2][:2]
+    assert [status for _, _, status in answers] == [0, Status.BAD_TOKEN, Status.BAD_TOKEN]
+
+
+@pytest.mark.parametrize("rule", cases.RULES)
+@pytest.mark.parametrize("proposal", ["greedy", "point"])
+def test_a_repeated_sibling_is_never_accepted(rule: str, proposal: str) -> None:
+    """Node 2 repeats node 1, whose coin rejects; its own coin would accept anything."""
+    parents, uniforms = [-1, 0, 0, 0], [0.5, 0.99, 0.0, 0.99, 0.5, 0.5]
+    got = call([P[0]] * 4, [Q[0]] * 4, [9, 0, 0, 2], parents, uniforms, rule=rule, proposal=proposal)
+    assert got == ([0], [1], 0)
+
+
+def test_a_leaf_draws_the_bonus_token_and_a_node_at_max_depth_is_one() -> None:
+    uniforms = [0.0, 0.0, 0.0, 0.5, 0.85]
+    assert call(P, Q, [9, 0, 1], [-1, 0, 1], uniforms) == ([0, 1, 2], [0, 1, 1], 0)
+    assert call(P, Q, [9, 0, 1], [-1, 0, 1], uniforms, max_depth=1) == ([0, 1], [0, 2], 0)
+    assert call(P, Q, [9, 0, 1], [-1, 0, 1], uniforms, max_depth=0) == ([0], [2], 0)
+
+
+@pytest.mark.parametrize("rule", cases.RULES)
+def test_an_accepted_virtual_node_ends_the_tokens_and_is_not_in_the_path(rule: str) -> None:
+    p, q = torch.tensor(cases.logits_of(P)).float(), torch.tensor(cases.logits_of(Q)).float()
+    got = reference.verify(
+        p,
+        q,
+        torch.tensor([[9, 0, 1]]),
+        torch.tensor([-1, 0, 1]),
+        torch.zeros(1, 5),
+        rule=rule,
+        target_rows=torch.tensor([[0, 1, -1]]),
+        draft_rows=torch.tensor([[0, 1, 7]]),
+    )
+    assert got.path.tolist() == [[0, 1, -1]] and got.tokens.tolist() == [[0, 1, -1]] and got.length.tolist() == [2]
+
+
+def test_a_candidate_that_exhausts_the_residual_is_accepted() -> None:
+    """p = q, and a token that q cannot have drawn comes first: its rejection must leave the state as it was."""
+    law = [0.6, 0.4, 0.0]
+    assert call([law] * 3, [law] * 3, [9, 2, 1], TREE, [0.0, 0.5, 0.9, 0.0, 0.0]) == ([0, 2], [1, 0], 0)
+
+
+@pytest.mark.parametrize("rule", cases.RULES)
+def test_an_unusable_row_stops_the_walk_only_where_it_is_reached(rule: str) -> None:
+    accepting, rejecting = [0.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.999, 0.999, 0.0, 0.0]
+    for bad, bit in ((math.nan, Status.NAN_ROW), (math.inf, Status.NAN_ROW), (-math.inf, Status.EMPTY_ROW)):
+        target = torch.from_numpy(cases.logits_of(P)).float()
+        target[1, 0 if bad != -math.inf else slice(None)] = bad
+        for uniforms, status in ((accepting, bit), (rejecting, 0)):
+            got = reference.verify(
+                target[None],
+                torch.from_numpy(cases.logits_of(Q)).float()[None],
+                torch.tensor([[9, 2, 1]]),
+                torch.tensor(TREE),
+                torch.tensor([uniforms]),
+                rule=rule,
+            )
+            # traversal enters node 1 whatever its coin
+            entered = status != 0 or rule == "traversal"
+            assert int(got.status[0]) == (bit if entered else 0)
+            if entered:
+                accepted = 1 if rule == "recursive" else 0
+                assert int(got.length[0]) == accepted + 1
+                assert int(got.tokens[0, accepted]) == PLACEHOLDER
+
+
+@pytest.mark.parametrize(
+    ("change", "bit"),
+    [
+        pytest.param({"parents": [0, 0, 0]}, Status.BAD_TREE, id="root-with-a-parent"),
+        pytest.param({"parents": [-1, 2, 0]}, Status.BAD_TREE, id="parent-after-its-child"),
+        pytest.param({"parents": [-1, -1, 1]}, Status.BAD_TREE, id="parent-is-padding"),
+        pytest.param({"parents": [-1, -2, 0]}, Status.BAD_TREE, id="parent-below-minus-one"),
+        pytest.param({"target_rows": torch.tensor([[-1, 1, 2]])}, Status.BAD_TREE, id="virtual-root"),
+        pytest.param({"target_rows": torch.tensor([[0, 1, 3]])}, Status.BAD_TREE, id="row-past-the-end"),
+        pytest.param({"draft_rows": torch.tensor([[-1, 1, 2]])}, Status.BAD_TREE, id="draft-row-that-is-read"),
+        pytest.param({"draft_rows": torch.tensor([[0, -1, 9]])}, Status(0), id="draft-rows-of-leaves"),
+        pytest.param({"uniforms": [0.0, 0.0, 1.0, 0.0, 0.0]}, Status.BAD_UNIFORM, id="coin-of-one"),
+        pytest.param({"uniforms": [0.0, 0.0, 0.0, math.nan, 0.0]}, Status.BAD_UNIFORM, id="coin-is-nan"),
+        pytest.param({"sampling": SamplingParams(temperature=torch.tensor([-1.0]))}, Status.BAD_SAMPLING, id="cold"),
+        pytest.param({"draft_sampling": SamplingParams(top_p=torch.tensor([0.0]))}, Status.BAD_SAMPLING, id="top-p-0"),
+    ],
+)
+def test_what_is_wrong_before_the_walk_accepts_nothing(change: dict[str, Any], bit: Status) -> None:
+    options = {"parents": TREE, "uniforms": [0.0] * 5, **change}
+    p, q = torch.from_numpy(cases.logits_of(P)).float(), torch.from_numpy(cases.logits_of(Q)).float()
+    got = reference.verify(
+        p if "target_rows" in options else p[None],
+        q if "draft_rows" in options else q[None],
+        torch.tensor([[9, 2, 1]]),
+        torch.tensor(options.pop("parents")),
+        torch.tensor([options.pop("uniforms")]),
+        **options,
+    )
+    assert int(got.status[0]) == bit
+    if bit:
+        assert got.path.tolist() == [[0, -1, -1]] and got.tokens.tolist() == [[PLACEHOLDER, -1, -1]]
+
+
+def test_the_margin_tells_a_close_decision_from_a_clear_one() -> None:
+    logits = torch.from_numpy(cases.logits_of([[0.5, 0.25, 0.25]] * 2)).double()[None]
+    draft = torch.from_numpy(cases.logits_of([[0.25, 0.5, 0.25]] * 2)).double()[None]
+    margins = {}
+    for coin in (0.5, 0.25):
+        for top_p in (1.0, 0.5):
+            uniforms = torch.tensor([[0.0, coin, 0.3, 0.3]])
+            margins[coin, top_p] = reference.verify(
+                logits,
+                draft,
+                torch.tensor([[9, 1]]),
+                torch.tensor([-1, 0]),
+                uniforms,
+                sampling=SamplingParams(top_p=top_p),
+                draft_sampling=SamplingParams(),
+                return_margin=True,
+            )[1].item()
+    assert margins[0.25, 1.0] > 1e-2
+    assert margins[0.5, 1.0] < 1e-12, "the coin lies on its threshold"
+    assert margins[0.25, 0.5] < 1e-12, "the tokens above the cut-off hold exactly top_p"
+
+
+def test_random_cases_are_legal_and_reach_deep_nodes() -> None:
+    lengths = []
+    for seed in range(60):
+        case = cases.random_case(np.random.default_rng(seed))
+        got = reference.verify(*case.arguments, **case.options)
+        assert not got.status.any(), case.note
+        lengths += got.length.tolist()
+    assert max(lengths) > 3
+
+
+# Rows and draws.
+
+
+def test_row_law_agrees_with_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        vocab = int(rng.integers(2, 40))
+        logits = torch.from_numpy(rng.normal(size=vocab) * 3)
+        temperature, top_k = float(rng.uniform(0.3, 2.0)), int(rng.integers(0, vocab + 3))
+        top_p, min_p = float(rng.choice([1.0, rng.uniform(0.05, 1)])), float(rng.choice([0.0, rng.uniform(0, 1)]))
+        scores = transformers.TemperatureLogitsWarper(temperature)(None, logits[None])
+        if top_k > 0:
+            scores = transformers.TopKLogitsWarper(top_k)(None, scores)
+        if top_p < 1:
+            scores = transformers.TopPLogitsWarper(top_p)(None, scores)
+        if min_p > 0:
+            scores = transformers.MinPLogitsWarper(min_p)(None, scores)
+        expected = torch.softmax(scores[0], -1).numpy()
+        np.testing.assert_allclose(row_law(logits, temperature, top_k, top_p, min_p), expected, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        pytest.param({}, [0, 1, 2, 3], id="off"),
+        pytest.param({"top_k": 2}, [0, 1, 2], id="top-k-keeps-the-tie"),
+        pytest.param({"top_k": 9}, [0, 1, 2, 3], id="top-k-past-the-vocabulary"),
+        pytest.param({"top_p": 0.5}, [0, 1, 2], id="top-p-keeps-the-tie"),
+        pytest.param({"top_p": 0.4}, [0], id="top-p-reached-exactly"),
+        pytest.param({"top_k": 1, "top_p": 0.9}, [0], id="top-p-of-what-top-k-left"),
+        pytest.param({"min_p": 0.625}, [0, 1, 2], id="min-p-reached-exactly"),
+        pytest.param({"temperature": 0.5, "min_p": 0.625}, [0], id="min-p-after-temperature"),
+    ],
+)
+def test_filters_keep_ties(options: dict[str, Any], kept: list[int]) -> None:
+    law = row_law(np.log([0.4, 0.25, 0.25, 0.1, 1e-300]), **options)
+    assert [v for v in np.flatnonzero(law) if v < 4] == kept
+    assert law.sum() == pytest.approx(1, abs=EXACT)
+    cut = reference.row_cutoff(np.log([0.4, 0.25, 0.25, 0.1, 1e-300]), **options)
+    assert (np.log([0.4, 0.25, 0.25, 0.1]) >= cut).nonzero()[0].tolist() == kept
+
+
+def test_temperature_zero_is_the_first_argmax_whatever_the_filters() -> None:
+    assert row_law(np.array([1.0, 3.0, 3.0]), 0.0, 2, 0.1, 0.5).tolist() == [0, 1, 0]
+
+
+@PROPOSALS
+def test_candidate_law_sums_to_one_and_fills_up_with_missing_ones(proposal: str) -> None:
+    q = np.array([0.5, 0.0, 0.3, 0.2])
+    for k in range(1, 6):
+        tuples = candidate_law(q, k, proposal)
+        assert sum(probability for _, probability in tuples) == pytest.approx(1, abs=EXACT)
+        assert all(len(candidates) == k for candidates, _ in tuples)
+        if proposal in ("without_replacement", "greedy"):
+            present = [[x for x in candidates if x >= 0] for candidates, _ in tuples]
+            assert all(len(set(x)) == len(x) == min(k, 3) and q[x].all() for x in present)
+
+
+def test_block_draw_inverts_the_cumulative_law() -> None:
+    weights = np.zeros(2 * DRAW_BLOCK + 5)
+    weights[[3, 7, DRAW_BLOCK + 1, 2 * DRAW_BLOCK + 4]] = [1.0, 1.0, 2.0, 4.0]
+    below = 1 - 2.0**-24
+    expected = {
+        (0.0, 0.0): 3,
+        (0.2, 0.49): 3,
+        (0.2, 0.5): 7,
+        (0.25, 0.9): DRAW_BLOCK + 1,
+        (0.5, 0.0): 2 * DRAW_BLOCK + 4,
+        (below, below): 2 * DRAW_BLOCK + 4,
+    }
+    assert {u: reference.block_draw(weights, *u) for u in expected} == expected
+    rng = np.random.default_rng(0)
+    weights = rng.random(7) * (rng.random(7) < 0.6)
+    middles = (np.arange(4000) + 0.5) / 4000
+    counts = np.bincount([reference.block_draw(weights, 0.3, u) for u in middles], minlength=7)
+    assert np.abs(counts / 4000 - weights / weights.sum()).max() < 1e-3
+
+
+# Uniforms.
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+    ids=["zeros", "ones", "pi"],
+)
+def test_philox_known_answers(counter: list[int], key: list[int], words: list[int]) -> None:
+    """The known-answer vectors published with Random123."""
+    assert list(reference.philox_4x32_10(counter, key)) == words
+
+
+def test_uniforms_depend_on_seed_and_step_alone() -> None:
+    seeds = torch.tensor([0, -1, 2**40 + 3])
+    got = reference.draw_uniforms(seeds, 5, 7)
+    assert got.shape == (3, 7) and got.dtype == torch.float32
+    assert torch.equal(got[1:2], reference.draw_uniforms(seeds[1:2], 5, 7))
+    assert torch.equal(got[:, :3], reference.draw_uniforms(seeds, 5, 3))
+    assert not torch.equal(got, reference.draw_uniforms(seeds, 6, 7))
+    word = reference.philox_4x32_10((1, 0, 5, 0), (3, 2**8))[2]
+    assert got[2, 6].item() == (word >> 8) / 2**24
+    assert reference.draw_uniforms(torch.tensor([0]), 0, 1).item() == (0x6627E8D5 >> 8) / 2**24
+
+
+# Trees in the cache.
+
+BRANCHING = [-1, 0, 0, 1, -1, 3]
+
+
+def test_ancestor_bits() -> None:
+    bits = reference.ancestor_bits(torch.tensor(BRANCHING))
+    assert bits.dtype == torch.int32
+    assert bits[0, :, 0].tolist() == [0b1, 0b11, 0b101, 0b1011, 0b10000, 0b101011]
+    chain = reference.ancestor_bits(torch.arange(-1, 39)[None].expand(2, -1))
+    assert chain.shape == (2, 40, 2)
+    assert chain[1, 31].tolist() == [-1, 0] and chain[1, 39].tolist() == [-1, 0xFF]
+
+
+def test_tree_attention_mask_holds_the_prefix_and_the_ancestors() -> None:
+    mask = reference.tree_attention_mask(torch.tensor(BRANCHING), torch.tensor([2, 0]), 9)
+    assert mask.shape == (2, 1, 6, 9)
+    assert mask[0, 0, 5].int().tolist() == [1, 1, 1, 1, 0, 1, 0, 1, 0]
+    assert mask[1, 0, 5].int().tolist() == [1, 1, 0, 1, 0, 1, 0, 0, 0]
+    assert mask[1, 0, 4].int().tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 0]
+
+
+def attention_inputs(batch: int = 2) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"query": (batch, 4, 6, 8), "key": (batch, 2, 14, 8), "value": (batch, 2, 14, 8)}
+    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+PREFIXES = torch.tensor([7, 3])
+
+
+def test_tree_attention_agrees_with_dense_attention() -> None:
+    inputs = attention_inputs()
+    bits = reference.ancestor_bits(torch.tensor(BRANCHING))
+    mask = reference.tree_attention_mask(torch.tensor(BRANCHING), PREFIXES, 14)
+    for scale in (None, 0.7):
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            inputs["query"], inputs["key"], inputs["value"], mask, scale=scale, enable_gqa=True
+        )
+        got = reference.tree_attention(**inputs, ancestors=bits, prefix_lengths=PREFIXES, scale=scale)
+        assert (got - expected).abs().max() <= EXACT
+
+
+def test_tree_attention_of_one_level_is_that_level_of_the_whole() -> None:
+    inputs = attention_inputs()
+    bits = reference.ancestor_bits(torch.tensor(BRANCHING)).expand(2, -1, -1)
+    whole = reference.tree_attention(**inputs, ancestors=bits, prefix_lengths=PREFIXES, window=4)
+    rows = [2, 3, 5]
+    part = {**inputs, "query": inputs["query"][:, :, rows]}
+    got = reference.tree_attention(**part, ancestors=bits[:, rows], prefix_lengths=PREFIXES, window=4)
+    assert torch.equal(got, whole[:, :, rows])
+
+
+@pytest.mark.parametrize("window", [1, 2, 4, 100])
+def test_tree_attention_window_counts_depth_and_not_slots(window: int) -> None:
+    """A path of the tree sees what the same tokens would see as a plain sequence."""
+    inputs = attention_inputs()
+    bits = reference.ancestor_bits(torch.tensor(BRANCHING))
+    got = reference.tree_attention(**inputs, ancestors=bits, prefix_lengths=PREFIXES, window=window)
+    for b, prefix in enumerate(PREFIXES.tolist()):
+        for node, path in ((5, [0, 1, 3, 5]), (2, [0, 2])):
+            slots = [*range(prefix), *(prefix + j for j in path)][-window:]
+            for h in range(4):
+                k, v = inputs["key"][b, h // 2, slots], inputs["value"][b, h // 2, slots]
+                share = torch.softmax(k @ inputs["query"][b, h, node] / math.sqrt(8), 0)
+                assert (got[b, h, node] - share @ v).abs().max() <= EXACT
+
+
+def test_tree_attention_softcap_and_sinks() -> None:
+    inputs = attention_inputs()
+    bits = reference.ancestor_bits(torch.tensor(BRANCHING))
+    sinks = torch.tensor([0.5, -30.0, 2.0, 1.0])
+    got = reference.tree_attention(**inputs, ancestors=bits, prefix_lengths=PREFIXES, softcap=1.5, sinks=sinks)
+    slots = [*range(3), 3, 4, 6, 8]
+    for h in range(4):
+        scores = inputs["key"][1, h // 2, slots] @ inputs["query"][1, h, 5] / math.sqrt(8)
+        weights = torch.exp(1.5 * torch.tanh(scores / 1.5))
+        expected = weights @ inputs["value"][1, h // 2, slots] / (weights.sum() + math.exp(float(sinks[h])))
+        assert (got[1, h, 5] - expected).abs().max() <= EXACT
+
+
+def test_tree_attention_reads_pages() -> None:
+    inputs = attention_inputs()
+    bits = reference.ancestor_bits(torch.tensor(BRANCHING))
+    table = torch.tensor([[6, 1, 4, 0], [2, 7, 3, 5]], dtype=torch.int32)
+    paged = {"query": inputs["query"]}
+    for name in ("key", "value"):
+        pages = torch.full((8, 2, 4, 8), math.nan, dtype=torch.float64)
+        for b in range(2):
+            for slot in range(14):
+                pages[table[b, slot // 4], :, slot % 4] = inputs[name][b, :, slot]
+        paged[name] = pages
+    dense = reference.tree_attention(**inputs, ancestors=bits, prefix_lengths=PREFIXES)
+    assert torch.equal(
+        reference.tree_attention(**paged, ancestors=bits, prefix_lengths=PREFIXES, block_table=table), dense
+    )
+
+
+def test_keep_path_moves_the_accepted_slots_and_nothing_else() -> None:
+    inputs = attention_inputs()
+    before = {name: value.clone() for name, value in inputs.items()}
+    path = torch.tensor([[0, 1, 3, 5], [0, 2, -1, -1]], dtype=torch.int32)
+    key, value = reference.keep_path(inputs["key"], inputs["value"], PREFIXES, path, torch.tensor([4, 2]))
+    for new, old in ((key, before["key"]), (value, before["value"])):
+        expected = old.clone()
+        expected[0, :, 7:11] = old[0, :, [7, 8, 10, 12]]
+        expected[1, :, 3:5] = old[1, :, [3, 5]]
+        assert torch.equal(new, expected)
+    assert torch.equal(inputs["key"], before["key"]) and torch.equal(inputs["value"], before["value"])
