@@ -11,7 +11,7 @@ from mcsd_kernels import keep_path
 
 
 class TreeCacheLayer(CacheLayerMixin):
-    """One layer's view of a `TreeCache`: `update` writes the new nodes where the cache says and returns what is in use."""
+    """One layer's view of a `TreeCache`: `update` writes where the cache says and returns the slots in use."""
 
     is_sliding = False
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 from transformers import PreTrainedModel
 
 from mcsd_kernels import ancestor_bits
 
-from .scoring import ATTENTION, Scorer, refusal
+from .attention import takes_tree_attention
+from .scoring import ATTENTION, Scorer, UnsupportedModelError, refusal
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ def check(model: PreTrainedModel, *, attention: str = "auto", prefix: int = 12, 
             plain = torch.stack([_plain(model, tokens, prefix, path) for path in paths])
         except Exception as error:  # whatever a model does with an input it was not written for is the verdict
             return Check(False, route, reason=f"{type(model).__name__} failed on a token tree: {error}")
-    tolerance = 1e3 * torch.finfo(model.dtype).eps * max(float(plain.abs().max()), 1.0)
+    # rounding: a part in ten thousand in float32, a few units in the last place in shorter formats
+    relative = max(1e3 * torch.finfo(torch.float32).eps, 8 * torch.finfo(model.dtype).eps)
+    tolerance = relative * max(float(plain.abs().max()), 1.0)
     difference = float((tree - plain).abs().max())
     if not difference <= tolerance:
         reason = (
@@ -83,6 +87,24 @@ def check(model: PreTrainedModel, *, attention: str = "auto", prefix: int = 12, 
         )
         return Check(False, route, difference, tolerance, reason)
     return Check(True, route, difference, tolerance)
+
+
+_CHECKED: WeakSet[PreTrainedModel] = WeakSet()
+
+
+def require(model: PreTrainedModel, attention: str) -> None:
+    """Refuse a model that cannot score trees; one that would go the dense way is tried out, once.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
+    reason = refusal(model, attention)
+    if not reason and (attention == "dense" or not takes_tree_attention(model)) and model not in _CHECKED:
+        reason = check(model, attention=attention).reason
+        if not reason:
+            _CHECKED.add(model)
+    if reason:
+        raise UnsupportedModelError(reason)
 
 
 def _plain(model: PreTrainedModel, tokens: torch.Tensor, prefix: int, path: list[int]) -> torch.Tensor:

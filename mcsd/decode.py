@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from mcsd_kernels import SamplingParams, ancestor_bits, draw_uniforms, verify
+from mcsd_kernels import SamplingParams, Status, Verified, ancestor_bits, draw_uniforms, verify
 from mcsd_kernels.verify import PROPOSALS, RULES
 
+from .check import require
 from .drafters import Drafter, ModelDrafter, NgramDrafter, Proposal, State
+from .drafters.base import Adapter
 from .scoring import ATTENTION, Scorer
 from .stats import Stats
 from .trees import check_branching, columns
@@ -102,6 +105,8 @@ def generate(
 
     Source: Yang et al., arXiv 2401.06706.
     """
+    _choose("attention", attention, ATTENTION)
+    require(target, attention)
     prompts = _prompts(target, input_ids, attention_mask)
     batch = len(prompts)
     drafter = _drafter(target, draft, branching, proposal, attention, temperature)
@@ -128,7 +133,6 @@ def generate(
         active=[True] * batch,
         seeds=_seeds(seed, batch, input_ids.device),
         step=0,
-        room=max_new_tokens - 1,
         sampling=sampling,
         device=scorer.device,
         capacity=longest + max_new_tokens,
@@ -159,7 +163,7 @@ def generate(
                         tree.draft_logits,
                         tree.tokens,
                         tree.parents,
-                        draw_uniforms(state.seeds, state.step, tree.tokens.shape[1] + 2),
+                        _coins(state, tree),
                         proposal=drafter.proposal,
                         rule=rule,
                         sampling=sampling,
@@ -170,7 +174,7 @@ def generate(
                     scorer.keep(prefix, verified.path, verified.length)
                     drafter.keep(state, verified.path, verified.length)
                 with stats.phase("other"):
-                    emitted = output.advance(state, verified, tree.depth, stats)
+                    emitted = output.advance(state, verified, tree, stats)
                     if bar is not None:
                         bar.update(emitted)
                         bar.set_postfix_str(f"{stats.tokens_per_call:.2f} tokens/call")
@@ -192,6 +196,11 @@ def _score(scorer: Scorer, state: State, tree: Proposal) -> tuple[torch.Tensor, 
     return scorer.score(tree.tokens, ancestors, depth, prefix), prefix
 
 
+def _coins(state: State, tree: Proposal) -> torch.Tensor:
+    """`[batch, nodes + 2]` fresh uniforms; a node's number, and the final draw's, do not depend on the tree's size."""
+    return draw_uniforms(state.seeds, state.step, tree.tokens.shape[1] + 2).roll(-2, 1)
+
+
 def _depths(ancestors: torch.Tensor) -> torch.Tensor:
     """`[batch or 1, nodes]` int64: how many ancestors each node has besides itself."""
     bits = torch.arange(32, device=ancestors.device, dtype=torch.int32)
@@ -199,7 +208,7 @@ def _depths(ancestors: torch.Tensor) -> torch.Tensor:
 
 
 def _process(processors: LogitsProcessorList, logits: torch.Tensor, tree: Proposal, output: _Output) -> torch.Tensor:
-    """The processed logits, `[batch, nodes, vocab]` f32: one call a request and depth, since equal depths share a length."""
+    """The processed logits, `[batch, nodes, vocab]` f32: one call a request and depth: equal depths, equal lengths."""
     processed = logits.to(torch.float32, copy=True)
     batch, nodes = tree.tokens.shape
     parents = tree.parents.expand(batch, nodes).tolist()
@@ -276,35 +285,37 @@ class _Output:
         if streamer is not None:
             streamer.put(input_ids.cpu())
 
-    def advance(self, state: State, verified: Any, depth: int, stats: Stats) -> int:
+    def advance(self, state: State, verified: Verified, tree: Proposal, stats: Stats) -> int:
         """Append what was verified, token by token up to each request's end; returns how many tokens came."""
+        last = verified.path.gather(1, verified.length[:, None].long() - 1)
+        offered = ((tree.parents == last) & (tree.tokens >= 0)).any(1)
         # the step's only copy to the host
-        packed = torch.cat([verified.length[:, None], verified.status[:, None], verified.tokens], 1).tolist()
+        small = torch.stack([verified.length, verified.status, offered.int()], 1)
+        packed = torch.cat([small, verified.tokens], 1).tolist()
         stats.target_calls += 1
         came = 0
-        for request, (length, status, *tokens) in enumerate(packed):
+        for request, (length, status, more, *tokens) in enumerate(packed):
             if not state.active[request]:
                 continue
             stats.request_calls += 1
             stats.status[request] |= status
-            stats.count(length - 1, depth)
+            stats.count(length - 1, length - 1 + more)
             row = self.rows[request]
+            if status & ~Status.BAD_TOKEN:  # the last token is a placeholder, and there is nothing to go on with
+                state.active[request] = False
+                length -= 1
             for token in tokens[:length]:
                 row.append(token)
                 state.sequences[request].append(token)
                 came += 1
+                stats.tokens += 1
                 if self.streamer is not None:
                     self.streamer.put(torch.tensor([token]))
                 full = len(row) - self.width >= self.limit
                 if full or self.ends.after(row, self.input_ids.device):
                     state.active[request] = False
                     break
-        stats.tokens += came
         state.step += 1
-        left = [
-            self.limit - (len(row) - self.width) for row, active in zip(self.rows, state.active, strict=True) if active
-        ]
-        state.room = max(left, default=1) - 1
         return came
 
     def sequences(self, state: State) -> torch.Tensor:
@@ -318,20 +329,34 @@ class _Output:
 
 def _prompts(target: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
     """Each request's tokens without padding."""
-    if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
-        got = f"{list(input_ids.shape)} {input_ids.dtype}" if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+    if (
+        not isinstance(input_ids, torch.Tensor)
+        or input_ids.dim() != 2
+        or input_ids.dtype not in (torch.int64, torch.int32)
+    ):
+        got = (
+            f"{list(input_ids.shape)} {input_ids.dtype}"
+            if isinstance(input_ids, torch.Tensor)
+            else type(input_ids).__name__
+        )
         raise ValueError(f"input_ids: expected an int64 tensor [batch, length], got {got}")
     if input_ids.shape[0] == 0 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids: expected at least one prompt of at least one token, got {list(input_ids.shape)}")
     vocab = target.get_input_embeddings().weight.shape[0]
     if int(input_ids.min()) < 0 or int(input_ids.max()) >= vocab:
-        raise ValueError(f"input_ids: expected ids in [0, {vocab}), got {int(input_ids.min())} to {int(input_ids.max())}")
+        raise ValueError(
+            f"input_ids: expected ids in [0, {vocab}), got {int(input_ids.min())} to {int(input_ids.max())}"
+        )
     if attention_mask is None:
         pad, eos = target.generation_config.pad_token_id, target.generation_config.eos_token_id
         ends = [eos] if isinstance(eos, int) else list(eos or [])
         attention_mask = input_ids != pad if pad is not None and pad not in ends else torch.ones_like(input_ids)
+    elif not isinstance(attention_mask, torch.Tensor):
+        raise ValueError(f"attention_mask: expected a tensor or None, got {type(attention_mask).__name__}")
     elif attention_mask.shape != input_ids.shape:
-        raise ValueError(f"attention_mask: expected the shape of input_ids, {list(input_ids.shape)}, got {list(attention_mask.shape)}")
+        raise ValueError(
+            f"attention_mask: expected input_ids' shape, {list(input_ids.shape)}, got {list(attention_mask.shape)}"
+        )
     prompts = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
     for request, prompt in enumerate(prompts):
         if not prompt:
@@ -348,7 +373,6 @@ def _drafter(
     temperature: float | torch.Tensor,
 ) -> Drafter:
     """What `draft` stands for."""
-    _choose("attention", attention, ATTENTION)
     branching = check_branching(branching)
     if proposal is not None:
         _choose("proposal", proposal, PROPOSALS)
@@ -362,10 +386,11 @@ def _drafter(
         return ModelDrafter(draft, branching, proposal or ("point" if greedy else "without_replacement"), attention)
     if not hasattr(draft, "propose"):
         raise ValueError(f'draft: expected a model, a Drafter or "ngram", got {draft!r}')
-    if proposal is not None and proposal != draft.proposal:
-        raise ValueError(f'proposal: expected this drafter\'s own, "{draft.proposal}", or None, got {proposal!r}')
-    drafter: Drafter = draft
-    return drafter
+    own = getattr(draft, "proposal", "point")
+    _choose("draft.proposal", own, PROPOSALS)
+    if proposal is not None and proposal != own:
+        raise ValueError(f"proposal: expected this drafter's own, {own!r}, or None, got {proposal!r}")
+    return draft if isinstance(draft, Drafter) else Adapter(draft)
 
 
 def _sampling(temperature: Any, top_k: Any, top_p: Any, min_p: Any, device: torch.device) -> SamplingParams:
@@ -374,10 +399,10 @@ def _sampling(temperature: Any, top_k: Any, top_p: Any, min_p: Any, device: torc
 
 
 def _seeds(seed: int | Sequence[int], batch: int, device: torch.device) -> torch.Tensor:
-    seeds = [seed + b for b in range(batch)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != batch:
-        raise ValueError(f"seed: expected a number or {batch} of them, got {len(seeds)}")
-    signed = [(s + 2**63) % 2**64 - 2**63 for s in seeds]
+    seeds = [int(seed) + b for b in range(batch)] if isinstance(seed, Integral) else seed
+    if not isinstance(seeds, Sequence) or len(seeds) != batch or not all(isinstance(s, Integral) for s in seeds):
+        raise ValueError(f"seed: expected a whole number or {batch} of them, got {seed!r}")
+    signed = [(int(s) + 2**63) % 2**64 - 2**63 for s in seeds]
     return torch.tensor(signed, dtype=torch.int64, device=device)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -24,14 +25,20 @@ PREFILL_CHUNK = 512
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 # their positions come from the 2-D attention mask, not from position_ids
 _ALIBI = ("bloom", "mpt", "falcon")
+_OWN_MASKS = {
+    "gpt_neo": "has local attention layers that make their own masks",
+    "doge": "computes its attention mask from the keys",
+}
 
 
 class UnsupportedModelError(ValueError):
     """The model cannot score token trees; the text says why."""
 
 
-def refusal(model: PreTrainedModel, attention: str = "auto") -> str | None:
+def refusal(model: object, attention: str = "auto") -> str | None:
     """Why this model cannot score token trees, or None; looks at classes and configuration only, see `mcsd.check`."""
+    if not isinstance(model, PreTrainedModel):
+        return f"expected a Hugging Face model, got {type(model).__name__}"
     config = model.config.get_text_config(decoder=True)
     if getattr(model.config, "is_encoder_decoder", False):
         return f"{type(model).__name__} is an encoder-decoder; mcsd decodes decoder-only models"
@@ -44,6 +51,10 @@ def refusal(model: PreTrainedModel, attention: str = "auto") -> str | None:
     odd = sorted({type(layer).__name__ for layer in layers if type(layer) not in _LAYERS})
     if odd:
         return f"{type(model).__name__} keeps recurrent or compressed state ({', '.join(odd)}), which has no tree form"
+    if config.model_type in _OWN_MASKS:
+        return f"{type(model).__name__} {_OWN_MASKS[config.model_type]}, which cannot describe a tree"
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        return f"{type(model).__name__} attends in chunks, which trees across a chunk's end would break"
     if attention != "dense" and takes_tree_attention(model):
         return None
     if attention == "tree":
@@ -133,7 +144,7 @@ class Scorer:
             positions = positions.clamp(max=self.positions - 1)  # nodes past the last position are never emitted
         self.cache.place([start + offset for start in prefix], rows, max(prefix))
         step = TreeStep(ancestors, prefix_lengths)
-        options = {"logits_to_keep": 1} if last_only and self._last_only else {}
+        options: dict[str, Any] = {"logits_to_keep": 1} if last_only and self._last_only else {}
         if self.tree:
             options |= {"attention_mask": step.packed(), "mcsd_tree": step}
         else:

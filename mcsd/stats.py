@@ -61,7 +61,7 @@ class Stats:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def count(self, accepted: int, on_offer: int) -> None:
-        """Record one request's step: how deep it accepted, and how deep the tree went."""
+        """Record one request's step: how deep it accepted, and down to which depth it found candidates."""
         for row in (self.tested_by_depth, self.accepted_by_depth):
             row.extend([0] * (on_offer - len(row)))
         for depth in range(min(accepted + 1, on_offer)):

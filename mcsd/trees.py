@@ -65,7 +65,7 @@ def check_branching(branching: Sequence[int], largest: int = 1024) -> tuple[int,
     Raises:
         ValueError: it is empty, an entry is below 1, or the tree has more than `largest` nodes.
     """
-    factors = tuple(branching)
+    factors = tuple(branching) if isinstance(branching, Sequence) else ()
     if not factors or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in factors):
         raise ValueError(f"branching: expected one or more whole numbers >= 1, got {branching!r}")
     nodes = width = 1

@@ -51,11 +51,11 @@ class Sampling:
         temperature, top_k, top_p, min_p = numbers
         if temperature > 0 and top_k == 0 and top_p == 1 and min_p == 0 and tensors == [None] * 4:
             return Sampling(_NONE, _NONE, _NONE, _NONE, 1.0 / temperature)
-        arrays = (
+        t, k, p, m = (
             np.broadcast_to(np.float64(number) if tensor is None else host(tensor.double()), (count,))
             for number, tensor in zip(numbers, tensors, strict=True)
         )
-        return Sampling(*arrays, None)
+        return Sampling(t, k, p, m, None)
 
     def out_of_range(self) -> Array | bool:
         """`[count]` bool: requests with a parameter outside its range, NaN included."""
@@ -115,9 +115,7 @@ def buffers(rows: int, vocab: int, device: torch.device) -> Buffers:
     return kept
 
 
-def law(
-    logits: torch.Tensor, sampling: Sampling, buffer: torch.Tensor, slots: list[int] | None
-) -> list[Status] | None:
+def law(logits: torch.Tensor, sampling: Sampling, buffer: torch.Tensor, slots: list[int] | None) -> list[Status] | None:
     """Write the law of each row of logits into the buffer.
 
     Args:
@@ -270,9 +268,7 @@ def read(buffer: torch.Tensor, slots: list[int], tokens: list[list[int]]) -> lis
     """`buffer[slot, token]` for each slot's tokens, on the host; a token below 0 reads as 0."""
     if buffer.is_cpu:
         rows = buffer.numpy()
-        return [
-            [rows.item(slot, x) if x >= 0 else 0.0 for x in some] for slot, some in zip(slots, tokens, strict=True)
-        ]
+        return [[rows.item(slot, x) if x >= 0 else 0.0 for x in some] for slot, some in zip(slots, tokens, strict=True)]
     at = [(slot, max(x, 0)) for slot, some in zip(slots, tokens, strict=True) for x in some]
     index = torch.tensor(at, dtype=torch.long, device=buffer.device).reshape(-1, 2)
     found = iter(buffer[index[:, 0], index[:, 1]].tolist())

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import _rules as rules
 from . import _rows_torch as rows_torch
+from . import _rules as rules
 from ._rows_torch import Array, Sampling, host
 from .types import PLACEHOLDER, Status
 
@@ -117,10 +117,11 @@ class _Batch:
             if side is not None and side.rows is not None:
                 outside = (side.rows < lowest) | (side.rows >= side.logits.shape[0])
                 if side is self.target:
-                    bad_row = (outside & self._in_use()).any(1) | (side.rows[:, 0] < 0)
-                else:  # only rows of nodes with children are read
-                    bad_row = (outside & self._inner()).any(1)
-                status |= np.where(bad_row, np.int32(Status.BAD_TREE), np.int32(0))
+                    outside = outside & self._in_use()
+                    outside[:, 0] |= side.rows[:, 0] < 0  # the root cannot be virtual
+                else:
+                    outside = outside & self._inner()  # no other row is read
+                status |= np.where(outside.any(1), np.int32(Status.BAD_TREE), np.int32(0))
         uniforms = self.uniforms
         # as unsigned words, the numbers in [0, 1) are the smallest
         if uniforms.view(np.uint32).max() >= _ONE:
@@ -204,6 +205,7 @@ class _Alone:
         """Run the rule to its end."""
         send, wants = walk.rule.send, walk.wants
         held: Any = None  # what the weights hold
+        answer: Any
         try:
             while True:
                 kind = type(wants)

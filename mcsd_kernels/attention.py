@@ -82,8 +82,8 @@ def tree_attention(
         check.whole("window", window, 1)
     if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
         raise ValueError(f"scale: expected a finite number or None, got {scale!r}")
-    if softcap is not None and not (isinstance(softcap, (int, float)) and softcap > 0):
-        raise ValueError(f"softcap: expected a positive number or None, got {softcap!r}")
+    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < math.inf):
+        raise ValueError(f"softcap: expected a finite positive number or None, got {softcap!r}")
     output: torch.Tensor = _OPERATOR(
         query,
         key,
@@ -111,7 +111,7 @@ def _tree_attention(
     block_table: torch.Tensor | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    batch, heads, rows, _ = query.shape
+    batch, heads = query.shape[:2]
     if block_table is not None:
         key, value = _gather_blocks(key, block_table), _gather_blocks(value, block_table)
     nodes = min(ancestors.shape[-1] * 32, key.shape[2])
@@ -152,7 +152,7 @@ def _tree_attention(
 
 
 def _gather_blocks(cache: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
-    """`[batch, kv_heads, blocks * block_size, head_dim]`; entries outside the cache, past a request's end, are clamped."""
+    """`[batch, kv_heads, blocks * block_size, head_dim]`; an entry outside the cache is past a request's end."""
     pages = cache[block_table.long().clamp(0, cache.shape[0] - 1)]  # [batch, blocks, heads, block_size, dim]
     return pages.transpose(1, 2).flatten(2, 3)
 

@@ -69,9 +69,7 @@ def philox(counter: list[torch.Tensor], key: list[torch.Tensor]) -> torch.Tensor
     return torch.stack((c0, c1, c2, c3), -1)
 
 
-def uniforms(
-    seeds: torch.Tensor, node: torch.Tensor, step: torch.Tensor, stream: int, count: int
-) -> torch.Tensor:
+def uniforms(seeds: torch.Tensor, node: torch.Tensor, step: torch.Tensor, stream: int, count: int) -> torch.Tensor:
     """`[rows, count]` f32: the numbers of counter (i // 4, node, step, stream) under each row's seed.
 
     Args:

@@ -52,7 +52,8 @@ def verify(
             place of the final draw. They must be fresh for every call: see `draw_uniforms`.
         proposal: how siblings were drawn: "without_replacement", "with_replacement", "greedy" (the most probable ones
             and then one draw from the rest) or "point" (chosen deterministically).
-        rule: "recursive" (top down) or "traversal" (bottom up; accepts at least as much; block verification on a chain).
+        rule: "recursive" (top down) or "traversal" (bottom up; block verification on a chain). Traversal
+            accepts at least as many nodes on average.
         sampling: temperature and filters of the target.
         draft_sampling: those of the draft; None: the same.
         target_rows: `[batch, nodes]` int32 or int64, the row of each node in `[rows, vocab]` logits. -1 makes a

@@ -25,13 +25,13 @@ FILTERED = SamplingParams(temperature=0.8, top_k=4, top_p=0.97, min_p=0.05)
 
 
 def drawn(
-    law: list[float], k: int, proposal: str, sampling: SamplingParams, device: torch.device
+    law: list[float], k: int, proposal: str, sampling: SamplingParams, device: torch.device, trials: int = TRIALS
 ) -> Counter[tuple[int, ...]]:
-    """How often each ordered tuple comes in `TRIALS` rows that differ in seed, node and step."""
+    """How often each ordered tuple comes in `trials` rows that differ in seed, node and step."""
     logits = torch.from_numpy(cases.logits_of(law)).float().to(device).expand(ROWS_A_CALL, -1)
     seeds = torch.arange(ROWS_A_CALL, device=device)
     found: Counter[tuple[int, ...]] = Counter()
-    for call in range(TRIALS // ROWS_A_CALL):
+    for call in range(trials // ROWS_A_CALL):
         nodes = (seeds + call) % 7
         tokens = draw_candidates(logits, k, seeds + 500 * call, call, proposal=proposal, sampling=sampling, nodes=nodes)
         unique, counts = tokens.cpu().unique(dim=0, return_counts=True)
@@ -60,8 +60,8 @@ def test_law(
 
 
 def test_the_law_test_sees_a_small_bias(device: torch.device, p_value: Any) -> None:
-    """Drawing k times and dropping repeats by redrawing from the full row is not Gumbel top-k's conditional law."""
-    counts = drawn([0.36, 0.29, 0.2, 0.1, 0.05], 3, "without_replacement", SamplingParams(), device)
+    """Two probabilities that are off by 0.02: a total variation of 0.02 in the first draw."""
+    counts = drawn([0.37, 0.28, 0.2, 0.1, 0.05], 3, "without_replacement", SamplingParams(), device, 20_000)
     assert p_value(reference.candidate_law(np.array(Q), 3, "without_replacement"), counts) < 1e-9
 
 
@@ -73,7 +73,7 @@ def test_rows_are_independent(device: torch.device, p_value: Any) -> None:
     product = [((a, b), Q[a] * Q[b]) for a in range(5) for b in range(5)]
     for other_seeds, other_step, other_nodes in ((seeds + 10**6, 3, ones), (seeds, 4, ones), (seeds, 3, 2 * ones)):
         pairs: Counter[tuple[int, int]] = Counter()
-        for call in range(20):
+        for call in range(10):
             shift = 10**7 * call
             first = draw_candidates(logits, 1, seeds + shift, 3, nodes=ones)
             second = draw_candidates(logits, 1, other_seeds + shift, other_step, nodes=other_nodes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,7 +21,6 @@ class State:
         active: for each request whether it is still generating.
         seeds: `[batch]` int64, for `draw_candidates`.
         step: number of the target call to come; a drafter's random numbers must depend on it.
-        room: how many levels can still be of use: no request needs more tokens than this plus one.
         sampling: the draft's temperature and filters.
         device: where the proposal's tensors belong.
         capacity: the longest a request's committed tokens can become.
@@ -31,7 +31,6 @@ class State:
     active: list[bool]
     seeds: torch.Tensor
     step: int
-    room: int
     sampling: SamplingParams
     device: torch.device
     capacity: int
@@ -45,7 +44,7 @@ class Proposal:
     Args:
         tokens: `[batch, nodes]` int64; column 0 is the root, siblings in draw order, -1 a missing candidate.
         parents: `[nodes]` or `[batch, nodes]` int32; -1 for the root and for padding.
-        depth: how deep the deepest node lies.
+        depth: a bound on how deep the deepest node lies; better the same for every step.
         draft_logits: `[batch, nodes, vocab]`, or `[rows, vocab]` with `draft_rows`: what the children of each node were
             drawn from. None for "point".
         draft_rows: `[batch, nodes]` int32 row numbers.
@@ -59,7 +58,9 @@ class Proposal:
 
 
 class Drafter(ABC):
-    """Proposes token trees. A subclass needs `propose`; `begin` and `keep` are for drafters with a memory.
+    """Proposes token trees. A subclass needs `propose`; `begin`, `keep` and `end` are for drafters with a memory.
+
+    What a request is proposed must depend on that request alone, or its text comes to depend on its neighbours.
 
     Args:
         proposal: how siblings are drawn, one of `mcsd_kernels.verify`'s proposals; verification is lossless only if
@@ -80,3 +81,23 @@ class Drafter(ABC):
 
     def end(self) -> None:  # noqa: B027 - optional hook
         """The generation is over, however it ended."""
+
+
+class Adapter(Drafter):
+    """Any object with `propose`, and perhaps `proposal`, `begin`, `keep` and `end`, as a `Drafter`.
+
+    Args:
+        inner: the object.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.proposal = getattr(inner, "proposal", "point")
+        for name in ("begin", "keep", "end"):
+            if hasattr(inner, name):
+                setattr(self, name, getattr(inner, name))
+
+    def propose(self, state: State) -> Proposal:
+        """The object's own proposal."""
+        proposal: Proposal = self.inner.propose(state)
+        return proposal

@@ -53,7 +53,7 @@ class ModelDrafter(Drafter):
         """Draw the tree's levels one after the other; each inner level is one forward of the model."""
         device = state.device
         batch = len(state.sequences)
-        shape = TreeShape.of(self.branching[: max(state.room, 1)], device)
+        shape = TreeShape.of(self.branching, device)
         root = [len(sequence) - 1 for sequence in state.sequences]
         self._inner = shape.inner
         logits = self._read(state)
@@ -108,6 +108,8 @@ class ModelDrafter(Drafter):
         Returns:
             `[batch, 1, vocab]` logits after each request's root.
         """
+        # a request that ended inside its accepted path is shorter than what was kept for it
+        self._cached = [min(c, len(s) - 1) for c, s in zip(self._cached, state.sequences, strict=True)]
         missing = [len(sequence) - cached for sequence, cached in zip(state.sequences, self._cached, strict=True)]
         tokens = columns([s[-m:] for s, m in zip(state.sequences, missing, strict=True)], state.device)
         bits = chain_bits(tokens.shape[1], state.device)
@@ -119,4 +121,6 @@ class ModelDrafter(Drafter):
 def _repeat(sampling: SamplingParams, times: int) -> SamplingParams:
     """Each request's parameters `times` times in a row."""
     fields = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-    return SamplingParams(*(f.repeat_interleave(times) if isinstance(f, torch.Tensor) and f.dim() else f for f in fields))
+    return SamplingParams(
+        *(f.repeat_interleave(times) if isinstance(f, torch.Tensor) and f.dim() else f for f in fields)
+    )

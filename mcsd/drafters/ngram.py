@@ -47,9 +47,8 @@ class NgramDrafter(Drafter):
 
     def propose(self, state: State) -> Proposal:
         """Look every request's ending up in its own text."""
-        depth = min(self.depth, max(state.room, 1))
         trees = [
-            self._tree(request, sequence, depth) if state.active[request] else ([sequence[-1]], [-1])
+            self._tree(request, sequence) if state.active[request] else ([sequence[-1]], [-1])
             for request, sequence in enumerate(state.sequences)
         ]
         nodes = min(self.nodes, max(len(tokens) for tokens, _ in trees))
@@ -58,17 +57,17 @@ class NgramDrafter(Drafter):
         return Proposal(
             torch.tensor(tokens, device=state.device),
             torch.tensor(parents, dtype=torch.int32, device=state.device),
-            depth,
+            self.depth,
         )
 
-    def _tree(self, request: int, sequence: list[int], depth: int) -> tuple[list[int], list[int]]:
+    def _tree(self, request: int, sequence: list[int]) -> tuple[list[int], list[int]]:
         self._index(request, sequence)
         tokens, parents = [sequence[-1]], [-1]
         children: dict[tuple[int, int], int] = {}
         followed = 0
         for place in self._places(request, sequence):
             node, grew = 0, False
-            for token in sequence[place : place + depth]:
+            for token in sequence[place : place + self.depth]:
                 child = children.get((node, token))
                 if child is None:
                     if len(tokens) == self.nodes:

@@ -1,0 +1,357 @@
+"""A target and its drafter as the command line runs them: loading, prompts, one generation, plain decoding beside it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .decode import _drafter, generate
+from .draft_model import DEFAULT_DRAFT, WEIGHTS_FILE, load_draft
+from .drafters import Drafter, ModelDrafter, NgramDrafter
+from .models import DEFAULT_TARGET, load_target
+from .settings import DEFAULT_BRANCHING, OTHER_BRANCHING, Settings
+from .stats import Stats
+from .trees import TreeShape
+
+NGRAM = "ngram"
+
+
+class Watcher(Protocol):
+    """Someone who looks on while text is generated."""
+
+    seconds: float
+    """Time spent looking on, which is no time of decoding."""
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt, `[1, length]`, then every token, `[1]`."""
+
+    def end(self) -> None:
+        """No more tokens."""
+
+    def progress(self, stats: Stats) -> None:
+        """Called after every step."""
+
+
+@dataclass
+class Plain:
+    """Plain decoding of the same number of tokens by transformers' own `generate`."""
+
+    tokens: list[int]
+    text: str
+    seconds: float
+
+
+@dataclass
+class Run:
+    """One prompt's continuation and what it cost.
+
+    Args:
+        prompt: as it was given.
+        seed: of this prompt.
+        tokens: the continuation.
+        text: the same, without special tokens.
+        stats: of the generation.
+        seconds: of the whole generation, without the time that the screen took.
+        plain: plain decoding beside it, if asked for.
+    """
+
+    prompt: str
+    seed: int
+    tokens: list[int]
+    text: str
+    stats: Stats
+    seconds: float
+    plain: Plain | None = None
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second."""
+        return self.stats.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def plain_speed(self) -> float | None:
+        """Tokens per second of plain decoding."""
+        return len(self.plain.tokens) / self.plain.seconds if self.plain and self.plain.seconds else None
+
+    @property
+    def speedup(self) -> float | None:
+        """Speed over that of plain decoding."""
+        return self.speed / self.plain_speed if self.plain_speed else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        stats = self.stats.as_dict()
+        del stats["tokens_per_second"]
+        row: dict[str, Any] = {
+            "prompt": self.prompt,
+            "text": self.text,
+            "tokens": self.tokens,
+            "seed": self.seed,
+            "seconds": round(self.seconds, 6),
+            "tokens_per_second": round(self.speed, 3),
+            "stats": stats,
+        }
+        if self.plain:
+            row["plain"] = {
+                "text": self.plain.text,
+                "tokens": self.plain.tokens,
+                "seconds": round(self.plain.seconds, 6),
+                "tokens_per_second": round(self.plain_speed or 0.0, 3),
+            }
+            row["speedup"] = round(self.speedup, 4) if self.speedup else None
+        return row
+
+
+class Pair:
+    """A target, its tokenizer and a drafter, with the settings of a run.
+
+    Args:
+        settings: what was asked for.
+
+    Raises:
+        ValueError: something does not exist or does not fit.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.device = resolve_device(settings.device)
+        with quiet_transformers(), _loading("target", settings.target):
+            self.target, self.tokenizer = load_target(settings.target, dtype=settings.dtype, device=self.device)
+        self.draft_name = settings.draft or (DEFAULT_DRAFT if settings.target == DEFAULT_TARGET else NGRAM)
+        draft: PreTrainedModel | str = NGRAM
+        if self.draft_name != NGRAM:
+            with quiet_transformers(), _loading("draft", self.draft_name):
+                draft = load_draft(self.draft_name, self.target)
+                _check_tokenizers(self.tokenizer, self.draft_name)
+        slow = self.device.type == "cpu" and self.draft_name == DEFAULT_DRAFT
+        branching = settings.factors or (DEFAULT_BRANCHING if slow else OTHER_BRANCHING)
+        proposal = settings.proposal.value if settings.proposal else None
+        self.drafter: Drafter = _drafter(self.target, draft, branching, proposal, "auto", settings.temperature)
+        has_template = bool(getattr(self.tokenizer, "chat_template", None))
+        if settings.chat and not has_template:
+            raise ValueError(f"chat: {settings.target} has no chat template; use --raw")
+        self.chat = has_template if settings.chat is None else settings.chat
+
+    @property
+    def dtype(self) -> str:
+        """Name of the target's dtype."""
+        return str(self.target.dtype).removeprefix("torch.")
+
+    @property
+    def tree(self) -> str:
+        """The shape of the trees, in words."""
+        if isinstance(self.drafter, ModelDrafter):
+            shape = TreeShape.of(self.drafter.branching)
+            return f"{','.join(map(str, shape.branching))} ({shape.nodes - 1} candidates, depth {len(shape.branching)})"
+        if isinstance(self.drafter, NgramDrafter):
+            return f"up to {self.drafter.nodes - 1} candidates, depth {self.drafter.depth}"
+        return "the drafter's own"
+
+    def describe(self) -> dict[str, Any]:
+        """What a result depends on besides the prompt and the seed, for JSON."""
+        settings = self.settings
+        return {
+            "target": settings.target,
+            "draft": self.draft_name,
+            "dtype": self.dtype,
+            "device": str(self.device),
+            "branching": list(self.drafter.branching) if isinstance(self.drafter, ModelDrafter) else None,
+            "proposal": self.drafter.proposal,
+            "rule": settings.rule.value,
+            "temperature": settings.temperature,
+            "top_k": settings.top_k,
+            "top_p": settings.top_p,
+            "min_p": settings.min_p,
+            "max_new_tokens": settings.max_new_tokens,
+            "chat": self.chat,
+        }
+
+    def encode(self, prompt: str) -> torch.Tensor:
+        """`[1, length]` int64 on the target's device.
+
+        Raises:
+            ValueError: no token comes of it.
+        """
+        if self.chat:
+            messages = [{"role": "user", "content": prompt}]
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            ids = self.tokenizer(prompt)["input_ids"]
+        if not ids:
+            raise ValueError(f"prompt: expected at least one token, got {prompt!r}")
+        return torch.tensor([ids], device=self.device)
+
+    def decode(self, tokens: list[int], special: bool = False) -> str:
+        """Text of tokens; `special`: with the special ones."""
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+        return text
+
+    def sampling(self) -> dict[str, Any]:
+        """Temperature and filters, as `generate` takes them."""
+        settings = self.settings
+        return {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+
+    def run(
+        self, prompt: str, *, seed: int | None = None, watcher: Watcher | None = None, compare: bool = False
+    ) -> Run:
+        """Continue a prompt; interrupted from the keyboard, the result holds what there is.
+
+        Args:
+            prompt: text.
+            seed: None: the settings'.
+            watcher: sees text and progress.
+            compare: decode plainly too, after warming both up.
+        """
+        ids = self.encode(prompt)
+        seed = self.settings.seed if seed is None else seed
+        if compare:
+            self.warm_up(ids)
+        watched = watcher.seconds if watcher else 0.0
+        callback: Callable[[Stats], None] | None = watcher.progress if watcher else None
+        start = time.perf_counter()
+        generation = generate(
+            self.target,
+            self.drafter,
+            ids,
+            torch.ones_like(ids),
+            max_new_tokens=self.settings.max_new_tokens,
+            seed=seed,
+            rule=self.settings.rule.value,
+            streamer=watcher,
+            callback=callback,
+            **self.sampling(),
+        )
+        tokens = generation.sequences[0, ids.shape[1] :].tolist()
+        seconds = time.perf_counter() - start
+        stats = generation.stats
+        if watcher:
+            watched = watcher.seconds - watched
+            seconds -= watched
+            stats.seconds["other"] = max(stats.seconds.get("other", 0.0) - watched, 0.0)
+        run = Run(prompt, seed, tokens, self.decode(tokens), stats, seconds)
+        if compare and tokens and not stats.interrupted:
+            try:
+                run.plain = self.plain(ids, len(tokens), seed)
+            except KeyboardInterrupt:
+                stats.interrupted = True
+        return run
+
+    def plain(self, ids: torch.Tensor, count: int, seed: int = 0) -> Plain:
+        """Decode exactly `count` tokens with transformers' own `generate`, under the same sampling settings."""
+        sampled = self.settings.temperature > 0
+        filters = self.sampling() | {"min_p": self.settings.min_p or None} if sampled else {}
+        config = GenerationConfig(
+            do_sample=sampled, max_new_tokens=count, pad_token_id=self.target.generation_config.pad_token_id, **filters
+        )
+        if sampled:
+            torch.manual_seed(seed)
+        with quiet_transformers(), _generation_config(self.target, config):
+            start = time.perf_counter()
+            sequences = self.target.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            tokens = sequences[0, ids.shape[1] :].tolist()
+            seconds = time.perf_counter() - start
+        return Plain(tokens, self.decode(tokens), seconds)
+
+    def warm_up(self, ids: torch.Tensor, tokens: int = 4) -> None:
+        """A few tokens of both kinds of decoding, so that neither is charged for what only happens once."""
+        generate(
+            self.target, self.drafter, ids, max_new_tokens=tokens, rule=self.settings.rule.value, **self.sampling()
+        )
+        self.plain(ids, tokens)
+
+
+def resolve_device(name: str) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        ValueError: no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device: expected one that this machine has, got {name!r} ({_first_line(error)})") from None
+    return device
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no advice from transformers inside this context."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _loading(role: str, name: str) -> Iterator[None]:
+    """Say which model an error is about."""
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_path and not Path(name).expanduser().is_dir():
+        raise ValueError(f"{role}: expected a model's folder, {name} does not exist")
+    try:
+        yield
+    except OSError as error:
+        where = "" if os.path.isdir(name) else "no such folder, and not to be had from the model hub: "
+        raise ValueError(f"{role}: cannot load {name}: {where}{_first_line(error)}") from error
+
+
+@contextmanager
+def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """The model's own configuration out of the way: its end-of-sequence token and penalties fill what is left open."""
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _check_tokenizers(tokenizer: PreTrainedTokenizerBase, draft: str) -> None:
+    """Refuse a draft model whose token ids mean something else.
+
+    Raises:
+        ValueError: the vocabularies differ.
+    """
+    if draft == DEFAULT_DRAFT or (Path(draft) / WEIGHTS_FILE).is_file():
+        return  # made for the target; the shape of the embedding was checked
+    try:
+        other = AutoTokenizer.from_pretrained(draft)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"draft: {draft} has no tokenizer to compare with the target's ({_first_line(error)}); "
+            "put the target's beside it if they share one"
+        ) from error
+    mine, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if mine == theirs:
+        return
+    differing = sorted(
+        (token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token)),
+        key=lambda token: (mine.get(token, len(mine)), token),
+    )
+    example = differing[0]
+    raise ValueError(
+        f"draft: expected the target's tokenizer, {draft} has another: {len(differing)} tokens differ, "
+        f"{example!r} is {mine.get(example, 'missing')} in the target and {theirs.get(example, 'missing')} in the draft"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
