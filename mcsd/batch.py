@@ -84,7 +84,7 @@ class Results:
         self._file: BinaryIO | None = None
         keep = self._resume(path, prompts) if path is not None and path.exists() else 0
         if path is not None:
-            self._file = path.open("ab", buffering=0)
+            self._file = path.open("ab")
             self._file.truncate(keep)
 
     def __enter__(self) -> Results:
@@ -101,6 +101,7 @@ class Results:
         line = json.dumps({"id": prompt.id, **row, "settings": self.settings}) + "\n"
         if self._file is not None:
             self._file.write(line.encode())
+            self._file.flush()
         else:
             sys.stdout.write(line)
             sys.stdout.flush()

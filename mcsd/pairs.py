@@ -1,4 +1,4 @@
-"""A target and its drafter as the command line runs them: loading, prompts, one generation, plain decoding beside it."""
+"""A target and its drafter as the command line runs them: loading, generation, plain decoding beside it."""
 
 from __future__ import annotations
 
@@ -210,12 +210,9 @@ class Pair:
             prompt: text.
             seed: None: the settings'.
             watcher: sees text and progress.
-            compare: decode plainly too, after warming both up.
         """
         ids = self.encode(prompt)
         seed = self.settings.seed if seed is None else seed
-        if compare:
-            self.warm_up(ids)
         watched = watcher.seconds if watcher else 0.0
         callback: Callable[[Stats], None] | None = watcher.progress if watcher else None
         start = time.perf_counter()
@@ -238,13 +235,16 @@ class Pair:
             watched = watcher.seconds - watched
             seconds -= watched
             stats.seconds["other"] = max(stats.seconds.get("other", 0.0) - watched, 0.0)
-        run = Run(prompt, seed, tokens, self.decode(tokens), stats, seconds)
-        if compare and tokens and not stats.interrupted:
-            try:
-                run.plain = self.plain(ids, len(tokens), seed)
-            except KeyboardInterrupt:
-                stats.interrupted = True
-        return run
+        return Run(prompt, seed, tokens, self.decode(tokens), stats, seconds)
+
+    def compare(self, run: Run) -> None:
+        """Put plain decoding of as many tokens beside a run, unless the user wants to leave."""
+        if run.stats.interrupted:
+            return
+        try:
+            run.plain = self.plain(self.encode(run.prompt), len(run.tokens), run.seed)
+        except KeyboardInterrupt:
+            run.stats.interrupted = True
 
     def plain(self, ids: torch.Tensor, count: int, seed: int = 0) -> Plain:
         """Decode exactly `count` tokens with transformers' own `generate`, under the same sampling settings."""
@@ -264,10 +264,18 @@ class Pair:
 
     def warm_up(self, ids: torch.Tensor, tokens: int = 4) -> None:
         """A few tokens of both kinds of decoding, so that neither is charged for what only happens once."""
-        generate(
-            self.target, self.drafter, ids, max_new_tokens=tokens, rule=self.settings.rule.value, **self.sampling()
+        generation = generate(
+            self.target,
+            self.drafter,
+            ids,
+            torch.ones_like(ids),
+            max_new_tokens=min(tokens, self.settings.max_new_tokens),
+            rule=self.settings.rule.value,
+            **self.sampling(),
         )
-        self.plain(ids, tokens)
+        if generation.stats.interrupted:
+            raise KeyboardInterrupt
+        self.plain(ids, min(tokens, self.settings.max_new_tokens))
 
 
 def resolve_device(name: str) -> torch.device:

@@ -102,6 +102,7 @@ class Buffers:
         self.masses = torch.zeros(self.blocks.shape[:2], dtype=torch.float32, device=device)
         # the first row, for one request at a time
         self.p_row, self.q_row, self.weights_row = self.p[0], self.q[0], self.weights[0, :vocab]
+        self.first_blocks, self.first_masses = self.blocks[:1], self.masses[:1]
 
 
 _kept = threading.local()
@@ -127,6 +128,10 @@ def law(logits: torch.Tensor, sampling: Sampling, buffer: torch.Tensor, slots: l
     Returns:
         what is wrong with each row (such a row has no mass in the buffer), or None if all are sound.
     """
+    if sampling.plain == 1.0 and slots is None and logits.shape[0] == len(buffer) == 1 and buffer.is_cpu:
+        torch.softmax(logits, -1, torch.float32, out=buffer)
+        first = buffer.numpy().item(0)
+        return None if first == first else _broken(buffer, logits)
     rows, vocab = logits.shape
     device = logits.device
     if slots is None:
@@ -150,10 +155,6 @@ def law(logits: torch.Tensor, sampling: Sampling, buffer: torch.Tensor, slots: l
 
 def _broken(laws: torch.Tensor, logits: torch.Tensor) -> list[Status] | None:
     """Find the rows that softmax has turned into NaN, and clear them so that they can spoil no sum."""
-    if laws.is_cpu and len(laws) == 1:
-        first = laws.numpy().item(0)
-        if first == first:
-            return None
     first = host(laws[:, 0])
     if not np.isnan(first).any():
         return None

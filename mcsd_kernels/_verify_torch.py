@@ -101,18 +101,17 @@ class _Batch:
 
         return rules.Tree(children, self.uniforms[request].tolist(), is_virtual)
 
-    def faults(self) -> Array:
-        """`[batch]` int32: the status bits that need no row."""
+    def faults(self) -> Array | None:
+        """`[batch]` int32: the status bits that need no row; None if there are none at all."""
         batch, nodes = self.tokens.shape
-        status = np.zeros(batch, np.int32)
+        found: list[tuple[Status, Any]] = []
         if batch == 0:
-            return status
+            return None
         if nodes > 1 and (self.tokens.max() >= self.vocab or self.tokens.min() < rules.MISSING):
             wrong = (self.tokens < rules.MISSING) | (self.tokens >= self.vocab)
-            status |= np.where((wrong & self._in_use())[:, 1:].any(1), np.int32(Status.BAD_TOKEN), np.int32(0))
-        if any(topology is None for topology in self._topologies):
-            bad = [self.topology(request) is None for request in range(batch)]
-            status |= np.where(bad, np.int32(Status.BAD_TREE), np.int32(0))
+            found.append((Status.BAD_TOKEN, (wrong & self._in_use())[:, 1:].any(1)))
+        if None in self._topologies:
+            found.append((Status.BAD_TREE, [self.topology(request) is None for request in range(batch)]))
         for side, lowest in ((self.target, -1), (self.draft, 0)):
             if side is not None and side.rows is not None:
                 outside = (side.rows < lowest) | (side.rows >= side.logits.shape[0])
@@ -121,18 +120,21 @@ class _Batch:
                     outside[:, 0] |= side.rows[:, 0] < 0  # the root cannot be virtual
                 else:
                     outside = outside & self._inner()  # no other row is read
-                status |= np.where(outside.any(1), np.int32(Status.BAD_TREE), np.int32(0))
+                found.append((Status.BAD_TREE, outside.any(1)))
         uniforms = self.uniforms
         # as unsigned words, the numbers in [0, 1) are the smallest
         if uniforms.view(np.uint32).max() >= _ONE:
-            sound = ((uniforms >= 0) & (uniforms < 1)).all(1)
-            status |= np.where(sound, np.int32(0), np.int32(Status.BAD_UNIFORM))
-        sampling = self.sampling.out_of_range()
-        if self.draft is not None and self.draft_sampling is not self.sampling:
-            sampling = sampling | self.draft_sampling.out_of_range()
-        if sampling is not False:
-            status |= np.where(sampling, np.int32(Status.BAD_SAMPLING), np.int32(0))
-        return status
+            found.append((Status.BAD_UNIFORM, ~((uniforms >= 0) & (uniforms < 1)).all(1)))
+        found.append((Status.BAD_SAMPLING, self.sampling.out_of_range()))
+        if self.draft is not None:
+            found.append((Status.BAD_SAMPLING, self.draft_sampling.out_of_range()))
+        found = [(bit, where) for bit, where in found if where is not False]
+        if not found:
+            return None
+        status = np.zeros(batch, np.int32)
+        for bit, where in found:
+            status |= np.where(where, np.int32(bit), np.int32(0))
+        return status if status.any() else None
 
     def _in_use(self) -> Array:
         """`[batch, nodes]` bool: the root and every node that is no padding."""
@@ -243,8 +245,8 @@ class _Alone:
     def _fill(self, wants: rules.Mass | rules.Draw) -> None:
         room = self.room
         rows_torch.fill(room.p_row, room.q_row, wants, room.weights_row)
-        torch.sum(room.blocks, -1, out=room.masses)
-        self.masses = host(room.masses)[:1]
+        torch.sum(room.first_blocks, -1, out=room.first_masses)
+        self.masses = host(room.first_masses)
 
 
 class _Together:
@@ -352,15 +354,16 @@ def verify(
         max_depth,
     )
     program = rules.RULES[rule]
-    outputs = _Outputs(batch, max_depth + 1, inputs.tokens, inputs.faults())
+    faults = inputs.faults()
+    outputs = _Outputs(batch, max_depth + 1, inputs.tokens, np.zeros(batch, np.int32) if faults is None else faults)
     todo = list(range(batch))
-    if outputs.status.any():
-        refused = outputs.status & ~int(Status.BAD_TOKEN) != 0
+    if faults is not None:
+        refused = faults & ~int(Status.BAD_TOKEN) != 0
         outputs.emitted[refused, 0] = PLACEHOLDER
         todo = np.flatnonzero(~refused).tolist()
     step = rows_torch.chunk_rows(inputs.vocab)
     device = target_logits.device
-    if step == 1 or len(todo) == 1:
+    if step == 1:
         alone = _Alone(inputs, rows_torch.buffers(1, inputs.vocab, device))
         for request in todo:
             tree = inputs.tree(request)

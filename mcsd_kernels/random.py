@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
+import numpy as np
 import torch
 
 from . import _checks as check
@@ -52,11 +55,17 @@ def check_step(step: int | torch.Tensor, seeds: torch.Tensor) -> torch.Tensor | 
     return step
 
 
-def philox(counter: list[torch.Tensor], key: list[torch.Tensor]) -> torch.Tensor:
-    """Philox 4x32-10: four 32-bit words from a counter of four and a key of two, all int64 tensors of one shape.
+Words = TypeVar("Words", torch.Tensor, "np.ndarray[Any, Any]")
+
+
+def philox_words(counter: list[Words], key: list[Words]) -> list[Words]:
+    """Philox 4x32-10: four 32-bit words from a counter of four and a key of two.
+
+    Args:
+        counter, key: int64 tensors or arrays of shapes that broadcast, each holding 32-bit words.
 
     Returns:
-        the counters' shape with an axis of 4 words at the end, int64.
+        the four words, int64.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -66,24 +75,40 @@ def philox(counter: list[torch.Tensor], key: list[torch.Tensor]) -> torch.Tensor
         c0, c2 = (second >> 32 & _WORD) ^ c1 ^ k0, (first >> 32 & _WORD) ^ c3 ^ k1
         c1, c3 = second & _WORD, first & _WORD
         k0, k1 = k0 + _WEYL[0] & _WORD, k1 + _WEYL[1] & _WORD
-    return torch.stack((c0, c1, c2, c3), -1)
+    return [c0, c1, c2, c3]
+
+
+def philox(counter: list[torch.Tensor], key: list[torch.Tensor]) -> torch.Tensor:
+    """`philox_words` as one tensor, with an axis of the four words at the end."""
+    return torch.stack(torch.broadcast_tensors(*philox_words(counter, key)), -1)
 
 
 def uniforms(seeds: torch.Tensor, node: torch.Tensor, step: torch.Tensor, stream: int, count: int) -> torch.Tensor:
     """`[rows, count]` f32: the numbers of counter (i // 4, node, step, stream) under each row's seed.
 
     Args:
-        seeds, node, step: int64, `[rows]` or 0-dimensional.
+        seeds: `[rows]` int64.
+        node, step: int64, `[rows]` or 0-dimensional.
+        stream: what the numbers are for.
+        count: numbers a row.
     """
-    rows = seeds.shape[0]
-    blocks = -(-count // 4)
-    shape = (rows, blocks)
-    lane = torch.arange(blocks, device=seeds.device).expand(shape)
-    counter = [lane, *((word & _WORD).reshape(-1, 1).expand(shape) for word in (node, step))]
-    counter.append(torch.full((), stream, dtype=torch.int64, device=seeds.device).expand(shape))
-    key = [(seeds & _WORD)[:, None], (seeds >> 32 & _WORD)[:, None]]
-    words = philox(counter, key).reshape(rows, blocks * 4)[:, :count]
-    return (words >> 8).float() * 2.0**-24
+    rows, blocks = seeds.shape[0], -(-count // 4)
+    if seeds.is_cpu:  # NumPy: the arrays are small, and a torch call costs three times as much
+        keys, nodes, steps = (np.atleast_1d(word.numpy())[:, None] for word in (seeds, node, step))
+        counter = [np.arange(blocks), nodes & _WORD, steps & _WORD, np.array([stream])]
+        words = np.empty((rows, blocks, 4), np.int64)
+        for lane, word in enumerate(philox_words(counter, [keys & _WORD, keys >> 32 & _WORD])):
+            words[:, :, lane] = word
+        words >>= 8
+        return torch.from_numpy((words.reshape(rows, -1)[:, :count] * np.float32(2.0**-24)).astype(np.float32))
+    key = seeds.reshape(-1, 1)
+    lanes = torch.arange(blocks, device=seeds.device)
+    last = torch.tensor([stream], device=seeds.device)
+    words_on_device = philox(
+        [lanes, node.reshape(-1, 1) & _WORD, step.reshape(-1, 1) & _WORD, last], [key & _WORD, key >> 32 & _WORD]
+    )
+    numbers = words_on_device.expand(rows, blocks, 4).reshape(rows, -1)[:, :count]
+    return (numbers >> 8).float().mul_(2.0**-24)
 
 
 def _draw_uniforms(seeds: torch.Tensor, step: int, step_tensor: torch.Tensor | None, count: int) -> torch.Tensor:

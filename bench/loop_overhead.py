@@ -1,0 +1,73 @@
+"""What a cycle of `generate` costs outside the model forwards, on a CPU: CPU time, one thread, SmolLM2-135M.
+
+python bench/loop_overhead.py
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import harness
+import torch
+
+import mcsd
+from mcsd.models import default_pair
+
+PROMPT = "Explain in three sentences why the sky is blue."
+
+
+class ForwardClock:
+    """CPU time spent inside a model's forwards, by hooks (a wrapped `forward` would change what callers pass)."""
+
+    def __init__(self, *models: Any) -> None:
+        self.seconds = 0.0
+        self._start = 0.0
+        self._hooks = [model.register_forward_pre_hook(self._enter) for model in models]
+        self._hooks += [model.register_forward_hook(self._leave) for model in models]
+
+    def _enter(self, *_: Any) -> None:
+        self._start = time.process_time()
+
+    def _leave(self, *_: Any) -> None:
+        self.seconds += time.process_time() - self._start
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def main() -> None:
+    """Print and record one row a tree shape and temperature."""
+    torch.set_num_threads(1)
+    target, draft, tokenizer = default_pair("float32")
+    chat = [{"role": "user", "content": PROMPT}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    for branching in ((4,), (4, 2, 2), (1, 1, 1, 1)):
+        for temperature in (1.0, 0.0):
+            options: dict[str, Any] = {"branching": branching, "temperature": temperature}
+            mcsd.generate(target, draft, **inputs, max_new_tokens=8, **options)
+            clock = ForwardClock(target, draft)
+            start = time.process_time()
+            stats = mcsd.generate(target, draft, **inputs, max_new_tokens=96, **options).stats
+            total = time.process_time() - start
+            clock.close()
+            outside = (total - clock.seconds) / stats.target_calls * 1e3
+            phases = {name: round(s / stats.target_calls * 1e3, 3) for name, s in stats.seconds.items()}
+            harness.record(
+                "loop_overhead",
+                {
+                    "bench": "loop-overhead-cpu",
+                    "branching": branching,
+                    "temperature": temperature,
+                    "milliseconds_outside_forwards_per_cycle": round(outside, 3),
+                    "cycles": stats.target_calls,
+                    "wall_milliseconds_per_cycle_by_phase": phases,
+                    "wanted": "< 4",
+                },
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""CPU time of `verify` against what is in use today, on one thread. `MCSD_BENCH_RECORD=1` keeps the rows.
+
+The targets (`wanted`) are reported, not asserted: a timed test that fails on a busy machine says nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import cases
+import harness
+import pytest
+import rivals
+import torch
+
+from mcsd_kernels import reference, verify
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """All contenders run on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def ours(inputs: cases.Inputs) -> Callable[[], Any]:
+    """A call of `verify` with the next uniform numbers."""
+    uniforms = itertools.cycle(inputs.uniforms)
+    return lambda: verify(
+        inputs.target, inputs.draft, inputs.tokens, inputs.parents, next(uniforms), max_depth=inputs.depth
+    )
+
+
+def check(inputs: cases.Inputs) -> float:
+    """Refuse to time a wrong kernel; returns the mean number of tokens emitted."""
+    lengths = []
+    for number, uniforms in enumerate(inputs.uniforms):
+        call = (inputs.target, inputs.draft, inputs.tokens, inputs.parents, uniforms)
+        got = verify(*call, max_depth=inputs.depth)
+        lengths.append(got.length.float().mean())
+        if number < 4:
+            expected, margin = reference.verify(*call, max_depth=inputs.depth, return_margin=True)
+            clear = torch.as_tensor(margin) > 1e-5
+            for ours_part, oracle_part in zip(got, expected, strict=True):
+                assert torch.equal(ours_part[clear], oracle_part[clear]), "verify disagrees with the oracle"
+    return float(torch.stack(lengths).mean())
+
+
+def compare(
+    benchmark: Any, name: str, inputs: cases.Inputs, rival: str, call: Callable[[], Any], rounds: int, wanted: str
+) -> None:
+    """Time both in turn, record the row, and give pytest-benchmark its own run of ours."""
+    tokens = check(inputs)
+    times = harness.interleave({"verify": ours(inputs), rival: call}, rounds)
+    ratio = harness.spread([b / a for a, b in zip(times["verify"], times[rival], strict=True)])
+    row = {
+        "bench": "verify-cpu",
+        "case": name,
+        "overlap": round(inputs.overlap, 3),
+        "tokens": round(tokens, 2),
+        "milliseconds": harness.spread(times["verify"]),
+        "rival": rival,
+        "rival_milliseconds": harness.spread(times[rival]),
+        "rival_over_verify": ratio,
+        "wanted": wanted,
+    }
+    benchmark.extra_info.update(row)
+    harness.record("verify_cpu", row)
+    benchmark.pedantic(ours(inputs), rounds=20, warmup_rounds=3)
+
+
+@pytest.mark.parametrize(("vocab", "wanted"), [(32_000, ">= 5"), (131_072, ">= 4")])
+def test_chain_of_four(benchmark: Any, vocab: int, wanted: str) -> None:
+    """One chain from raw logits, against transformers' assisted decoding."""
+    inputs = cases.make((1, 1, 1, 1), vocab)
+    call = lambda: rivals.transformers_chain(inputs.target, inputs.draft, inputs.tokens)  # noqa: E731
+    compare(benchmark, f"chain of 4, {vocab}", inputs, "transformers _speculative_sampling", call, 200, wanted)
+
+
+@pytest.mark.parametrize(("branching", "rounds", "wanted"), [((4, 2, 2), 60, ">= 5"), ((4, 4, 4, 4), 15, ">= 50")])
+def test_tree(benchmark: Any, branching: tuple[int, ...], rounds: int, wanted: str) -> None:
+    """One sampled tree, against softmax of every node and textbook recursive rejection."""
+    inputs = cases.make(branching, 32_000)
+    parents = inputs.parents.tolist()
+    call = lambda: rivals.textbook_tree(inputs.target, inputs.draft, inputs.tokens, parents)  # noqa: E731
+    compare(benchmark, f"tree {branching}, 32000", inputs, "softmax + textbook rejection", call, rounds, wanted)
+
+
+@pytest.mark.parametrize("vocab", [32_000, 131_072])
+def test_batch_of_eight_chains(benchmark: Any, vocab: int) -> None:
+    """Eight chains, against the log-sum-exp of all their target rows, which is a floor and no verifier."""
+    inputs = cases.make((1, 1, 1, 1), vocab, batch=8)
+    call = lambda: rivals.log_sum_exp(inputs.target)  # noqa: E731
+    compare(benchmark, f"8 chains of 4, {vocab}", inputs, "log-sum-exp of all rows", call, 60, ">= 0.4")

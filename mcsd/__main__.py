@@ -1,0 +1,5 @@
+"""`python -m mcsd`."""
+
+from .cli import main
+
+main()

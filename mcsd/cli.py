@@ -1,0 +1,340 @@
+"""The command line: `mcsd generate`, `inspect`, `doctor` and `bench`."""
+
+from __future__ import annotations
+
+import inspect as python_inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from .batch import Prompt
+    from .pairs import Pair, Run
+
+WRONG, INTERRUPTED = 2, 130
+
+# Of several kinds, since what a draft gets right depends on the text.
+BENCH_PROMPTS = (
+    "Explain in three sentences why the sky is blue.",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "Translate into French: The train to the coast leaves at nine every morning.",
+    "List five things to pack for a week in the mountains.",
+    "Tell a short story about a lighthouse keeper who finds a letter.",
+    "Summarise what a compiler does, for someone who has never programmed.",
+    "What is 17 times 24? Show the steps.",
+    "Write a polite email that asks for a deadline to be moved by two days.",
+)
+
+app = typer.Typer(
+    name="mcsd",
+    help="Lossless multi-candidate speculative decoding. Set MCSD_DEBUG=1 to see where an error comes from.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to stdout, and nothing else.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `Settings`, after its own, and hand them over as `settings`."""
+    hints = get_type_hints(Settings, include_extras=True)
+    own = [
+        parameter
+        for name, parameter in python_inspect.signature(command, eval_str=True).parameters.items()
+        if name != "settings"
+    ]
+    shared = [
+        python_inspect.Parameter(
+            field.name, python_inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in fields(Settings)
+    ]
+
+    @wraps(command)
+    def with_settings(**options: Any) -> None:
+        with _errors():
+            settings = Settings(**{field.name: options.pop(field.name) for field in fields(Settings)})
+            command(settings=settings, **options)
+
+    parameters = [parameter.replace(kind=python_inspect.Parameter.KEYWORD_ONLY) for parameter in own] + shared
+    with_settings.__signature__ = python_inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_settings.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_settings
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """A mistake becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get("MCSD_DEBUG"):
+            raise
+        typer.echo(f"mcsd: error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+        raise typer.Exit(WRONG) from None
+
+
+@app.command()
+@_with_settings
+def generate(
+    settings: Settings,
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue or to answer.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Run transformers' plain decoding beside it and compare the speed.")
+    ] = False,
+    batch_file: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help='Prompts, one a line; in a .jsonl file objects with "prompt" and "id". Writes one JSON line for each.',
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="Where --batch-file writes; prompts that are in there already are skipped."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Generate text: it streams, and a table at the end says what was accepted and how fast it was."""
+    if (prompt is None) == (batch_file is None):
+        raise ValueError("prompt: expected either PROMPT or --batch-file")
+    if batch_file is None and output is not None:
+        raise ValueError("output: only --batch-file writes to a file; redirect stdout instead")
+    from .batch import read_prompts
+
+    prompts = read_prompts(batch_file) if batch_file else []
+    pair = _load(settings, quiet=as_json)
+    if prompts:
+        _batch(pair, prompts, output, compare, quiet=as_json)
+    elif as_json:
+        if compare:
+            pair.warm_up(pair.encode(prompt or ""))
+        run = pair.run(prompt or "")
+        if compare:
+            pair.compare(run)
+        _print_json({**run.as_dict(), "settings": pair.describe(), "threads": _threads()})
+        _leave(run)
+    else:
+        _interactive(pair, prompt or "", compare)
+
+
+def _interactive(pair: Pair, prompt: str, compare: bool) -> None:
+    from .screen import Stream, stderr, summary, waiting
+
+    console = stderr()
+    if compare:
+        with waiting("warming up"):
+            pair.warm_up(pair.encode(prompt))
+    with Stream(pair.decode) as stream:
+        run = pair.run(prompt, watcher=stream)
+    if compare:
+        with waiting("plain decoding"):
+            pair.compare(run)
+    console.print()
+    console.print(summary(run))
+    if run.plain and pair.settings.temperature == 0:
+        same = run.plain.tokens == run.tokens
+        console.print("the tokens are those of plain decoding" if same else _difference(run), style="dim")
+    elif run.plain:
+        console.print("another text than plain decoding drew, from the same law", style="dim")
+    if run.stats.interrupted:
+        console.print("interrupted", style="yellow")
+    _leave(run)
+
+
+def _difference(run: Run) -> str:
+    plain = run.plain.tokens if run.plain else []
+    same = next((i for i, (a, b) in enumerate(zip(run.tokens, plain, strict=False)) if a != b), len(run.tokens))
+    return f"the first {same} of {len(run.tokens)} tokens are those of plain decoding"
+
+
+def _batch(pair: Pair, prompts: list[Prompt], output: Path | None, compare: bool, quiet: bool) -> None:
+    from .batch import Results
+    from .screen import stderr, waiting
+
+    console = stderr()
+    tokens = calls = 0
+    seconds = 0.0
+    if compare:
+        with waiting("warming up", quiet):
+            pair.warm_up(pair.encode(prompts[0].text))
+    with Results(output, prompts, pair.describe()) as results:
+        todo = [prompt for prompt in prompts if prompt.id not in results.done]
+        if not quiet and len(todo) < len(prompts):
+            console.print(f"{len(prompts) - len(todo)} of {len(prompts)} prompts are in {output} already", style="dim")
+        for number, prompt in enumerate(todo, 1):
+            with waiting(f"prompt {number} of {len(todo)}", quiet):
+                run = pair.run(prompt.text, seed=pair.settings.seed + prompt.index)
+                if compare:
+                    pair.compare(run)
+            if run.stats.interrupted:
+                if not quiet:
+                    console.print(f"interrupted at {prompt.id!r}; what came before it is written", style="yellow")
+                _leave(run)
+            results.write(prompt, run.as_dict())
+            tokens, calls, seconds = tokens + run.stats.tokens, calls + run.stats.target_calls, seconds + run.seconds
+    if not quiet and todo:
+        console.print(
+            f"{len(todo)} prompts · {tokens} tokens · {tokens / max(calls, 1):.2f} tokens per target call · "
+            f"{tokens / seconds:.1f} tokens/s",
+            style="dim",
+        )
+
+
+@app.command()
+@_with_settings
+def inspect(
+    settings: Settings,
+    prompt: Annotated[str, typer.Argument(help="The text to continue or to answer.")],
+    steps: Annotated[int, typer.Option(min=1, help="How many target calls to show.")] = 1,
+    coins: Annotated[bool, typer.Option("--coins", help="Show the uniform number of each test.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw the trees of the first steps: every candidate, what both models think of it, and what became of it."""
+    pair = _load(settings, quiet=as_json)
+    from .inspection import inspect_steps
+
+    recorded = inspect_steps(
+        pair.target,
+        pair.drafter,
+        pair.encode(prompt),
+        lambda tokens: pair.decode(tokens, special=True),
+        steps=steps,
+        rule=settings.rule.value,
+        seed=settings.seed,
+        max_new_tokens=settings.max_new_tokens,
+        **pair.sampling(),
+    )
+    if as_json:
+        _print_json({"prompt": prompt, "settings": pair.describe(), "steps": [step.as_dict() for step in recorded]})
+        return
+    from .screen import stdout, step_line, step_tree
+
+    console = stdout()
+    for step in recorded:
+        console.print(step_tree(step, coins))
+        console.print(step_line(step))
+        console.print()
+    console.print("✓ accepted  ✗ rejected  · never tested  → drawn at the end;  p target, q draft", style="dim")
+
+
+@app.command()
+def doctor(
+    target: Annotated[str | None, typer.Option(help="A model to load and to check.", show_default=False)] = None,
+    dtype: Annotated[str, typer.Option(help="For that model.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where it would run.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Say what will run on this machine and why; exit code 0 if it can, 1 if not."""
+    with _errors():
+        from .doctor import examine
+        from .screen import doctor_table, stdout
+
+        facts, problem = examine(target, dtype, device)
+        if as_json:
+            _print_json(facts)
+        else:
+            stdout().print(doctor_table(facts))
+        raise typer.Exit(1 if problem else 0)
+
+
+@app.command()
+@_with_settings
+def bench(
+    settings: Settings,
+    prompts: Annotated[int, typer.Option(min=1, max=len(BENCH_PROMPTS), help="How many of the built-in prompts.")] = 4,
+    as_json: AsJson = False,
+) -> None:
+    """Tokens per call and speed over a few built-in prompts, against plain decoding; --json: a line for each prompt."""
+    pair = _load(settings, quiet=as_json)
+    from .screen import bench_table, stdout, waiting
+
+    runs: list[Run] = []
+    interrupted = False
+    with waiting("warming up", as_json):
+        pair.warm_up(pair.encode(BENCH_PROMPTS[0]))
+    for number, prompt in enumerate(BENCH_PROMPTS[:prompts]):
+        with waiting(f"prompt {number + 1} of {prompts}", as_json):
+            run = pair.run(prompt, seed=settings.seed + number)
+            pair.compare(run)
+        if run.stats.interrupted or run.plain is None:
+            interrupted = True
+            break
+        runs.append(run)
+        if as_json:
+            _print_json(_bench_row(prompt, [run]))
+    if runs and as_json:
+        _print_json({**_bench_row(None, runs), "settings": pair.describe(), "threads": _threads()})
+    elif runs:
+        rows = [_bench_row(run.prompt, [run]) for run in runs]
+        stdout().print(bench_table([*rows, _bench_row(None, runs)]))
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _bench_row(prompt: str | None, runs: list[Run]) -> dict[str, Any]:
+    tokens = sum(run.stats.tokens for run in runs)
+    calls = sum(run.stats.target_calls for run in runs)
+    speed = tokens / sum(run.seconds for run in runs)
+    plain = tokens / sum(run.plain.seconds for run in runs if run.plain)
+    return {
+        "prompt": prompt,
+        "tokens": tokens,
+        "target_calls": calls,
+        "tokens_per_call": round(tokens / calls, 4),
+        "tokens_per_second": round(speed, 3),
+        "plain_tokens_per_second": round(plain, 3),
+        "speedup": round(speed / plain, 4),
+    }
+
+
+def _load(settings: Settings, quiet: bool) -> Pair:
+    """Load the models; says what runs unless `quiet`."""
+    from .screen import header, stderr, waiting
+
+    with waiting(f"loading {settings.target}", quiet):
+        from .pairs import Pair
+
+        pair = Pair(settings)
+    if not quiet:
+        for line in header(pair, _threads()):
+            stderr().print(line, style="dim", soft_wrap=True)
+    return pair
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+def _leave(run: Run) -> None:
+    if run.stats.interrupted:
+        raise typer.Exit(INTERRUPTED)

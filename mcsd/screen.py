@@ -1,0 +1,284 @@
+"""What a person sees: text as it is generated, the table at the end, a step's tree."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.cells import cell_len, chop_cells
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+if TYPE_CHECKING:
+    from .inspection import Node, Step
+    from .pairs import Pair, Run
+    from .stats import Stats
+
+PHASES = ("prefill", "draft", "score", "verify", "keep", "other")
+_REDRAW_SECONDS = 0.1
+
+
+def stderr() -> Console:
+    """For everything that is not the result itself."""
+    return Console(stderr=True, highlight=False)
+
+
+def stdout() -> Console:
+    """For results that a person reads."""
+    return Console(highlight=False)
+
+
+@contextmanager
+def waiting(text: str, quiet: bool = False) -> Iterator[None]:
+    """A line on a terminal while something is under way; it stands still, so it takes no time from what it shows."""
+    console = stderr()
+    if quiet or not console.is_terminal:
+        yield
+    else:
+        with Live(Text(f"{text} ...", style="dim"), console=console, auto_refresh=False, transient=True):
+            yield
+
+
+class Detokenizer:
+    """Turns tokens into text one at a time; a character in pieces is held back until it is whole.
+
+    Args:
+        decode: tokens to text.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._tokens: list[int] = []
+        # what a token adds depends on the one before it: [start, shown) is decoded again with the new ones
+        self._start = self._shown = 0
+
+    def push(self, token: int) -> str:
+        """The text that is certain now."""
+        self._tokens.append(token)
+        text = self._new()
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self._start, self._shown = self._shown, len(self._tokens)
+        return text
+
+    def rest(self) -> str:
+        """What was held back."""
+        text = self._new()
+        self._start = self._shown = len(self._tokens)
+        return text
+
+    def _new(self) -> str:
+        before = self._decode(self._tokens[self._start : self._shown])
+        return self._decode(self._tokens[self._start :])[len(before) :]
+
+
+class Stream:
+    """Shows text while it is generated: as it comes on a pipe, above a line of progress on a terminal.
+
+    A context manager, and a streamer for `mcsd.generate`.
+
+    Args:
+        decode: tokens to text.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self.seconds = 0.0
+        self._detokenizer = Detokenizer(decode)
+        self._prompt_seen = False
+        self._line, self._status = "", ""
+        self._drawn = 0.0
+        self._begin = time.perf_counter()
+        self._console = stdout()
+        lively = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._live = Live(console=self._console, auto_refresh=False, transient=True) if lively else None
+
+    def __enter__(self) -> Stream:
+        if self._live:
+            self._live.start()
+        self._begin = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.update(Text(""))
+            self._live.stop()
+            self._print(self._line)
+        else:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+    def put(self, value: Any) -> None:
+        """The prompt, which is not shown, and then every token."""
+        start = time.perf_counter()
+        if self._prompt_seen:
+            for token in value.tolist():
+                self._show(self._detokenizer.push(token))
+        self._prompt_seen = True
+        self.seconds += time.perf_counter() - start
+
+    def end(self) -> None:
+        """No more tokens."""
+        self._show(self._detokenizer.rest())
+        self._draw()
+
+    def progress(self, stats: Stats) -> None:
+        """Called after every step."""
+        start = time.perf_counter()
+        speed = stats.tokens / (start - self._begin)
+        self._status = (
+            f"{stats.tokens} tokens · {stats.tokens_per_call:.2f} per target call · {speed:.1f} tokens/s"
+        )
+        if start - self._drawn > _REDRAW_SECONDS:
+            self._draw()
+        self.seconds += time.perf_counter() - start
+
+    def _show(self, text: str) -> None:
+        if not self._live:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            return
+        *whole, self._line = (self._line + text).split("\n")
+        for line in whole:
+            self._print(line)
+        # only the last line of the screen is redrawn, so the text may be longer than the screen
+        while cell_len(self._line) >= self._console.width:
+            first = chop_cells(self._line, self._console.width - 1)[0]
+            cut = first.rfind(" ") + 1 or len(first)
+            self._print(self._line[:cut])
+            self._line = self._line[cut:]
+
+    def _print(self, line: str) -> None:
+        self._console.print(Text(line))
+
+    def _draw(self) -> None:
+        if self._live:
+            self._live.update(Group(Text(self._line), Text(self._status, style="dim")), refresh=True)
+            self._drawn = time.perf_counter()
+
+
+def header(pair: Pair, threads: int) -> list[str]:
+    """What runs, in a few lines."""
+    where = f"{pair.device}, {threads} threads" if pair.device.type == "cpu" else str(pair.device)
+    lines = [
+        f"target {pair.settings.target} · draft {pair.draft_name} · {pair.dtype} on {where}",
+        f"tree {pair.tree} · proposal {pair.drafter.proposal} · rule {pair.settings.rule.value} · "
+        f"temperature {pair.settings.temperature:g}",
+    ]
+    if pair.dtype != "float32":
+        lines.append(f"{pair.dtype} does not promise the tokens of plain greedy decoding; --dtype float32 does")
+    return lines
+
+
+def summary(run: Run) -> Table:
+    """One generation in numbers, with plain decoding beside it."""
+    stats, plain = run.stats, run.plain
+    table = Table(show_edge=False, pad_edge=False, header_style="dim")
+    table.add_column("")
+    table.add_column("mcsd", justify="right")
+    if plain:
+        table.add_column("plain decoding", justify="right")
+
+    def row(name: str, value: str, beside: str = "") -> None:
+        table.add_row(name, value, *([beside] if plain else []))
+
+    count = str(len(plain.tokens)) if plain else ""
+    row("tokens", str(stats.tokens), count)
+    row("target calls", str(stats.target_calls), count)
+    row("tokens per call", f"{stats.tokens_per_call:.2f}", "1.00")
+    row("accepted by depth", "  ".join(f"{share:.0%}" for share in stats.acceptance_by_depth) or "-")
+    row("seconds", f"{run.seconds:.2f}", f"{plain.seconds:.2f}" if plain else "")
+    for phase in PHASES:
+        if phase in stats.seconds:
+            share = stats.seconds[phase] / run.seconds if run.seconds else 0.0
+            row(f"  {phase}", f"{stats.seconds[phase]:.2f}  {share:4.0%}")
+    row("tokens/s", f"{run.speed:.1f}", f"{run.plain_speed:.1f}" if run.plain_speed else "")
+    if run.speedup:
+        row("speed", f"{run.speedup:.2f} ×", "1.00 ×")
+    return table
+
+
+def bench_table(rows: list[dict[str, Any]]) -> Table:
+    """One line a prompt, and the total."""
+    table = Table(show_edge=False, pad_edge=False, header_style="dim")
+    table.add_column("prompt")
+    for name in ("tokens", "per call", "tokens/s", "plain tokens/s", "speed"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        if row["prompt"] is None:
+            table.add_section()
+        table.add_row(
+            "all" if row["prompt"] is None else row["prompt"],
+            str(row["tokens"]),
+            f"{row['tokens_per_call']:.2f}",
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['plain_tokens_per_second']:.1f}",
+            f"{row['speedup']:.2f} ×",
+        )
+    return table
+
+
+_MARKS = {"accepted": ("✓", "bold green"), "rejected": ("✗", "red"), "untested": ("·", "dim"), "missing": ("-", "dim")}
+_SOURCES = {
+    "bonus": "nothing was left to test, so it comes from p",
+    "residual": "all candidates were rejected, so it comes from what they left of p",
+    "placeholder": "the target's numbers are unusable",
+}
+
+
+def step_tree(step: Step, coins: bool = False) -> Tree:
+    """One step's tree: every candidate with its probabilities and what became of it."""
+
+    def label(node: Node) -> Text:
+        mark, style = _MARKS[node.verdict]
+        text = Text(f"{mark} {quoted(node.text)}" if node.token >= 0 else f"{mark} no candidate", style=style)
+        text.append(f"  p {node.p:.3f}" + ("" if node.q is None else f"  q {node.q:.3f}"), style="dim")
+        if coins:
+            text.append(f"  u {node.coin:.3f}", style="dim")
+        return text
+
+    root = Tree(Text(f"step {step.number}  after {quoted(step.nodes[0].text)}", style="bold"))
+    branches = {0: root}
+    for node in step.nodes[1:]:
+        if node.parent in branches:
+            branches[node.id] = branches[node.parent].add(label(node))
+    last = Text(f"→ {quoted(step.last.text)}", style="bold cyan")
+    last.append(f"  p {step.last.p:.3f}  {_SOURCES[step.last.source]}", style="dim")
+    branches[step.path[-1]].add(last)
+    return root
+
+
+def step_line(step: Step) -> Text:
+    """One step in a line."""
+    accepted, offered = len(step.path) - 1, sum(node.token >= 0 for node in step.nodes[1:])
+    return Text(f"  {accepted} of {offered} candidates accepted, {len(step.tokens)} tokens: {quoted(step.text)}")
+
+
+def quoted(text: str) -> str:
+    """Text with its blanks and line ends visible."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def doctor_table(facts: dict[str, Any]) -> Table:
+    """What `mcsd doctor` found."""
+    table = Table(show_header=False, show_edge=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), Text(_words(value)))
+    return table
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return "\n".join(map(str, value)) or "none"
+    return "not installed" if value is None else str(value)
