@@ -4,6 +4,7 @@ import torch
 
 from mcsd_kernels import draw_candidates, draw_uniforms, verify
 
+torch.manual_seed(0)
 vocab, candidates = 1000, 4
 parents = torch.tensor([-1] + [0] * candidates)  # a root and four candidates for the token after it
 draft_logits = torch.randn(1, 1 + candidates, vocab)  # row i: the draft's logits after node i

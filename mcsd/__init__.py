@@ -1,10 +1,16 @@
 """Lossless multi-candidate speculative decoding over Hugging Face models."""
 
-from .check import Check, check
-from .decode import Generation, generate
-from .drafters import Drafter, ModelDrafter, NgramDrafter, Proposal, State
-from .scoring import UnsupportedModelError
-from .stats import Stats
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checking import Check, check
+    from .decode import Generation, generate
+    from .drafters import Drafter, ModelDrafter, NgramDrafter, Proposal, State
+    from .scoring import UnsupportedModelError
+    from .stats import Stats
 
 __all__ = [
     "Check",
@@ -19,3 +25,30 @@ __all__ = [
     "check",
     "generate",
 ]
+
+_MODULES = {
+    "Check": "checking",
+    "Drafter": "drafters",
+    "Generation": "decode",
+    "ModelDrafter": "drafters",
+    "NgramDrafter": "drafters",
+    "Proposal": "drafters",
+    "State": "drafters",
+    "Stats": "stats",
+    "UnsupportedModelError": "scoring",
+    "check": "checking",
+    "generate": "decode",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and transformers only when something is asked for: `mcsd --help` needs neither."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -141,7 +141,7 @@ def generate(
 
 
 def _interactive(pair: Pair, prompt: str, compare: bool) -> None:
-    from .screen import Stream, stderr, summary, waiting
+    from .screen import Stream, complaints, stderr, summary, waiting
 
     console = stderr()
     if compare:
@@ -159,8 +159,8 @@ def _interactive(pair: Pair, prompt: str, compare: bool) -> None:
         console.print("the tokens are those of plain decoding" if same else _difference(run), style="dim")
     elif run.plain:
         console.print("another text than plain decoding drew, from the same law", style="dim")
-    if run.stats.interrupted:
-        console.print("interrupted", style="yellow")
+    for line in complaints(run):
+        console.print(line, style="yellow")
     _leave(run)
 
 

@@ -15,7 +15,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 from mcsd_kernels import SamplingParams, Status, Verified, ancestor_bits, draw_uniforms, verify
 from mcsd_kernels.verify import PROPOSALS, RULES
 
-from .check import require
+from .checking import require
 from .drafters import Drafter, ModelDrafter, NgramDrafter, Proposal, State
 from .drafters.base import Adapter
 from .scoring import ATTENTION, Scorer
@@ -106,7 +106,7 @@ def generate(
     Source: Yang et al., arXiv 2401.06706.
     """
     _choose("attention", attention, ATTENTION)
-    require(target, attention)
+    require("target", target, attention)
     prompts = _prompts(target, input_ids, attention_mask)
     batch = len(prompts)
     drafter = _drafter(target, draft, branching, proposal, attention, temperature)
@@ -146,6 +146,7 @@ def generate(
         stack.callback(drafter.end)
         bar = stack.enter_context(_bar(max_new_tokens * batch)) if progress else None
         try:
+            output.begin()
             with stats.phase("prefill"):
                 heads = [prompt[:-1] for prompt in prompts]
                 scorer.prefill(columns(heads, scorer.device), [len(head) for head in heads])
@@ -153,6 +154,7 @@ def generate(
             while any(state.active):
                 with stats.phase("draft"):
                     tree = drafter.propose(state)
+                    _check_proposal(tree, state, drafter.proposal)
                 with stats.phase("score"):
                     logits, prefix = _score(scorer, state, tree)
                 with stats.phase("verify"):
@@ -196,6 +198,21 @@ def _score(scorer: Scorer, state: State, tree: Proposal) -> tuple[torch.Tensor, 
     return scorer.score(tree.tokens, ancestors, depth, prefix), prefix
 
 
+def _check_proposal(tree: Proposal, state: State, proposal: str) -> None:
+    """A custom drafter's mistakes, named before they become an error deep in a model."""
+    batch = len(state.sequences)
+    tokens, parents = tree.tokens, tree.parents
+    if tokens.dim() != 2 or tokens.shape[0] != batch or tokens.shape[1] == 0 or tokens.dtype != torch.int64:
+        raise ValueError(f"Proposal.tokens: expected int64 [{batch}, nodes], got {list(tokens.shape)} {tokens.dtype}")
+    nodes = tokens.shape[1]
+    if tuple(parents.shape) not in ((nodes,), (batch, nodes)):
+        raise ValueError(f"Proposal.parents: expected [{nodes}] or [{batch}, {nodes}], got {list(parents.shape)}")
+    if nodes > _LARGEST_TREE:
+        raise ValueError(f"Proposal.tokens: expected at most {_LARGEST_TREE} nodes, got {nodes}")
+    if proposal != "point" and tree.draft_logits is None:
+        raise ValueError(f'Proposal.draft_logits: expected a tensor for proposal "{proposal}", got None')
+
+
 def _coins(state: State, tree: Proposal) -> torch.Tensor:
     """`[batch, nodes + 2]` fresh uniforms; a node's number, and the final draw's, do not depend on the tree's size."""
     return draw_uniforms(state.seeds, state.step, tree.tokens.shape[1] + 2).roll(-2, 1)
@@ -217,7 +234,7 @@ def _process(processors: LogitsProcessorList, logits: torch.Tensor, tree: Propos
         paths: dict[int, list[int]] = {0: []}
         for node in range(1, nodes):
             parent = parents[request][node]
-            if parent in paths and tokens[node] >= 0:
+            if parent in paths and 0 <= tokens[node] < logits.shape[-1]:
                 paths[node] = [*paths[parent], tokens[node]]
         by_depth: dict[int, list[int]] = {}
         for node, path in paths.items():
@@ -282,8 +299,11 @@ class _Output:
         if pad_token_id is None:
             pad_token_id = target.generation_config.pad_token_id
         self.pad = pad_token_id if pad_token_id is not None else (ends.eos or [0])[0]
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
+
+    def begin(self) -> None:
+        """Hand the prompt to the streamer."""
+        if self.streamer is not None:
+            self.streamer.put(self.input_ids.cpu())
 
     def advance(self, state: State, verified: Verified, tree: Proposal, stats: Stats) -> int:
         """Append what was verified, token by token up to each request's end; returns how many tokens came."""
@@ -379,13 +399,14 @@ def _drafter(
     if isinstance(draft, str) and draft == "ngram":
         draft = NgramDrafter(continuations=branching[0])
     if isinstance(draft, PreTrainedModel):
+        require("draft", draft, attention)
         widths = [model.config.get_text_config(decoder=True).vocab_size for model in (draft, target)]
         if widths[0] != widths[1]:
             raise ValueError(f"draft: expected the target's vocabulary of {widths[1]} tokens, got {widths[0]}")
         greedy = not isinstance(temperature, torch.Tensor) and temperature == 0
         return ModelDrafter(draft, branching, proposal or ("point" if greedy else "without_replacement"), attention)
-    if not hasattr(draft, "propose"):
-        raise ValueError(f'draft: expected a model, a Drafter or "ngram", got {draft!r}')
+    if isinstance(draft, type) or not hasattr(draft, "propose"):
+        raise ValueError(f'draft: expected a model, a Drafter object or "ngram", got {draft!r}')
     own = getattr(draft, "proposal", "point")
     _choose("draft.proposal", own, PROPOSALS)
     if proposal is not None and proposal != own:

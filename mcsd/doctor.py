@@ -12,7 +12,7 @@ import torch
 
 from mcsd_kernels._backend import choose
 
-from .check import check
+from .checking import check
 from .models import (
     CACHE_FORMAT,
     DEFAULT_TARGET,
@@ -24,7 +24,7 @@ from .models import (
     load_target,
     resolve_dtype,
 )
-from .pairs import quiet_transformers, resolve_device
+from .pairs import loading, quiet_transformers, resolve_device
 
 
 def examine(target: str | None, dtype: str, device: str) -> tuple[dict[str, Any], str]:
@@ -59,12 +59,15 @@ def examine(target: str | None, dtype: str, device: str) -> tuple[dict[str, Any]
     if target is None:
         facts["verdict"] = problem or "ready"
         return facts, problem
-    with quiet_transformers():
+    with quiet_transformers(), loading("target", target):
         model, _ = load_target(target, dtype=dtype, device=place)
         verdict = check(model)
     facts["target"] = f"{target} ({type(model).__name__})"
     if verdict:
-        facts["attention"] = f"{verdict.attention}; a tree's logits differ from plain text's by {verdict.error:.2g}"
+        facts["attention"] = (
+            f"{verdict.attention}; a tree's logits are plain text's up to {verdict.error:.2g} "
+            f"({verdict.tolerance:.2g} is rounding)"
+        )
     facts["verdict"] = verdict.reason or "ready"
     return facts, verdict.reason
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from mcsd_kernels import SamplingParams, Status, Verified, draw_uniforms, verify
+from mcsd_kernels import SamplingParams, Status, Verified, verify
 from mcsd_kernels.reference import Law, row_law
 
-from .decode import generate
+from .decode import _coins, generate
 from .drafters import Drafter, Proposal, State
 
 
@@ -173,7 +173,7 @@ class _Recorder(Drafter):
         # a missing candidate has no row, and none is read
         some = self._rows[()]
         logits = torch.stack([self._rows.get(ways.get(node, ()), some) for node in range(len(tokens))])[None]
-        uniforms = draw_uniforms(state.seeds, state.step, len(tokens) + 2)
+        uniforms = _coins(state, tree)
         verified = verify(
             logits,
             tree.draft_logits,

@@ -124,12 +124,12 @@ class Pair:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.device = resolve_device(settings.device)
-        with quiet_transformers(), _loading("target", settings.target):
+        with quiet_transformers(), loading("target", settings.target):
             self.target, self.tokenizer = load_target(settings.target, dtype=settings.dtype, device=self.device)
         self.draft_name = settings.draft or (DEFAULT_DRAFT if settings.target == DEFAULT_TARGET else NGRAM)
         draft: PreTrainedModel | str = NGRAM
         if self.draft_name != NGRAM:
-            with quiet_transformers(), _loading("draft", self.draft_name):
+            with quiet_transformers(), loading("draft", self.draft_name):
                 draft = load_draft(self.draft_name, self.target)
                 _check_tokenizers(self.tokenizer, self.draft_name)
         slow = self.device.type == "cpu" and self.draft_name == DEFAULT_DRAFT
@@ -309,7 +309,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def _loading(role: str, name: str) -> Iterator[None]:
+def loading(role: str, name: str) -> Iterator[None]:
     """Say which model an error is about."""
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if is_path and not Path(name).expanduser().is_dir():

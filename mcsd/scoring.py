@@ -86,7 +86,8 @@ class Scorer:
         config = model.config.get_text_config(decoder=True)
         self.tree = attention != "dense" and takes_tree_attention(model)
         self.cache = TreeCache(config.num_hidden_layers, capacity)
-        self.device = model.get_input_embeddings().weight.device
+        embedding = model.get_input_embeddings().weight
+        self.device, self.vocab = embedding.device, embedding.shape[0]
         self.positions: int = getattr(config, "max_position_embeddings", 0) or 0
         self._last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._forward_takes_tree = True
@@ -124,7 +125,7 @@ class Scorer:
         """One forward over nodes of a tree.
 
         Args:
-            tokens: `[batch, rows]` int64; what is below 0 (a missing candidate) is read as 0.
+            tokens: `[batch, rows]` int64; what is no token (a missing candidate) is read as 0.
             ancestors: `[batch or 1, rows, words]` int32.
             depth: `[rows]` or `[batch, rows]` int64, in tokens below the root; None: a chain.
             prefix: each request's slots before its tree.
@@ -150,7 +151,7 @@ class Scorer:
         else:
             options |= {"attention_mask": self._additive(step)}
         output = self.model(
-            input_ids=tokens.clamp(min=0),
+            input_ids=torch.where((tokens >= 0) & (tokens < self.vocab), tokens, 0),
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,

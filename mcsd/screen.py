@@ -110,7 +110,7 @@ class Stream:
         if self._live:
             self._live.update(Text(""))
             self._live.stop()
-            self._print(self._line)
+            self._console.print(Text(self._line))
         else:
             sys.stdout.write("\n")
             sys.stdout.flush()
@@ -126,16 +126,16 @@ class Stream:
 
     def end(self) -> None:
         """No more tokens."""
+        start = time.perf_counter()
         self._show(self._detokenizer.rest())
         self._draw()
+        self.seconds += time.perf_counter() - start
 
     def progress(self, stats: Stats) -> None:
         """Called after every step."""
         start = time.perf_counter()
         speed = stats.tokens / (start - self._begin)
-        self._status = (
-            f"{stats.tokens} tokens · {stats.tokens_per_call:.2f} per target call · {speed:.1f} tokens/s"
-        )
+        self._status = f"{stats.tokens} tokens · {stats.tokens_per_call:.2f} per target call · {speed:.1f} tokens/s"
         if start - self._drawn > _REDRAW_SECONDS:
             self._draw()
         self.seconds += time.perf_counter() - start
@@ -145,28 +145,40 @@ class Stream:
             sys.stdout.write(text)
             sys.stdout.flush()
             return
-        *whole, self._line = (self._line + text).split("\n")
-        for line in whole:
-            self._print(line)
-        # only the last line of the screen is redrawn, so the text may be longer than the screen
-        while cell_len(self._line) >= self._console.width:
-            first = chop_cells(self._line, self._console.width - 1)[0]
-            cut = first.rfind(" ") + 1 or len(first)
-            self._print(self._line[:cut])
-            self._line = self._line[cut:]
+        # only the last line of the text is redrawn, so the text may be longer than the screen
+        whole: list[str] = []
+        *ended, self._line = (self._line + text).split("\n")
+        for line in ended:
+            whole += self._wrapped(line)
+        *pieces, self._line = self._wrapped(self._line)
+        whole += pieces
+        if whole:
+            self._live.update(self._region())
+            for line in whole:
+                self._console.print(Text(line))
 
-    def _print(self, line: str) -> None:
-        self._console.print(Text(line))
+    def _wrapped(self, line: str) -> list[str]:
+        """A line in pieces that fit the screen."""
+        pieces = []
+        while cell_len(line) >= self._console.width:
+            first = chop_cells(line, self._console.width - 1)[0]
+            cut = first.rfind(" ") + 1 or len(first)
+            pieces.append(line[:cut])
+            line = line[cut:]
+        return [*pieces, line]
+
+    def _region(self) -> Group:
+        return Group(Text(self._line), Text(self._status, style="dim", no_wrap=True, overflow="ellipsis"))
 
     def _draw(self) -> None:
         if self._live:
-            self._live.update(Group(Text(self._line), Text(self._status, style="dim")), refresh=True)
+            self._live.update(self._region(), refresh=True)
             self._drawn = time.perf_counter()
 
 
 def header(pair: Pair, threads: int) -> list[str]:
     """What runs, in a few lines."""
-    where = f"{pair.device}, {threads} threads" if pair.device.type == "cpu" else str(pair.device)
+    where = f"{pair.device}, {threads} thread{'s' * (threads != 1)}" if pair.device.type == "cpu" else str(pair.device)
     lines = [
         f"target {pair.settings.target} · draft {pair.draft_name} · {pair.dtype} on {where}",
         f"tree {pair.tree} · proposal {pair.drafter.proposal} · rule {pair.settings.rule.value} · "
@@ -205,12 +217,23 @@ def summary(run: Run) -> Table:
     return table
 
 
+def complaints(run: Run) -> list[str]:
+    """Why a text is shorter than it should be."""
+    from mcsd_kernels import Status
+
+    lines = ["interrupted"] if run.stats.interrupted else []
+    met = Status(run.stats.status[0]) if run.stats.status else Status(0)
+    if met:
+        lines.append(f"not all could be verified: {', '.join(bit.name or '' for bit in Status if bit in met)}")
+    return lines
+
+
 def bench_table(rows: list[dict[str, Any]]) -> Table:
     """One line a prompt, and the total."""
     table = Table(show_edge=False, pad_edge=False, header_style="dim")
-    table.add_column("prompt")
+    table.add_column("prompt", max_width=24)
     for name in ("tokens", "per call", "tokens/s", "plain tokens/s", "speed"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         if row["prompt"] is None:
             table.add_section()

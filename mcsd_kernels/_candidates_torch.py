@@ -60,8 +60,9 @@ def _draw(logits: torch.Tensor, k: int, coins: list[list[list[float]]], proposal
         return tokens
     weights = room.weights[:rows]
     weights[:, :vocab].copy_(law)
-    blocks = weights.view(rows, -1, DRAW_BLOCK)
-    inside = host(blocks)  # the same memory on the CPU, a copy from elsewhere; either way nothing goes back
+    inside = host(
+        rows_torch.draw_blocks(weights)
+    )  # the same memory on the CPU, a copy from elsewhere; either way nothing goes back
     for row, pairs in enumerate(coins):
         for token in tokens[row, :certain].tolist():
             if token >= 0:

@@ -32,9 +32,11 @@ def operator(schema: str, implementation: Callable[..., Any], fake: Callable[...
 
 
 def _plain(arguments: tuple[Any, ...]) -> bool:
-    """Whether every tensor is an ordinary one that wants no gradient."""
+    """Whether every tensor is an ordinary one, with data, that wants no gradient."""
     for argument in arguments:
-        if isinstance(argument, torch.Tensor) and (type(argument) is not torch.Tensor or argument.requires_grad):
+        if isinstance(argument, torch.Tensor) and (
+            type(argument) is not torch.Tensor or argument.requires_grad or argument.is_meta
+        ):
             return False
         if type(argument) is list and not _plain(tuple(argument)):
             return False

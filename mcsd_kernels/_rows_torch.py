@@ -84,7 +84,13 @@ def chunk_rows(vocab: int) -> int:
 
 
 def _padded(vocab: int) -> int:
-    return -(-vocab // DRAW_BLOCK) * DRAW_BLOCK
+    """A vocabulary of less than one draw block is a block by itself."""
+    return vocab if vocab < DRAW_BLOCK else -(-vocab // DRAW_BLOCK) * DRAW_BLOCK
+
+
+def draw_blocks(weights: torch.Tensor) -> torch.Tensor:
+    """`[rows, padded vocab]` as `[rows, blocks, DRAW_BLOCK or less]`, a view."""
+    return weights.view(weights.shape[0], -1, min(weights.shape[1], DRAW_BLOCK))
 
 
 class Buffers:
@@ -98,7 +104,7 @@ class Buffers:
         self.p = torch.zeros(rows, vocab, dtype=torch.float32, device=device)
         self.q = torch.zeros_like(self.p)
         self.weights = torch.zeros(rows, _padded(vocab), dtype=torch.float32, device=device)
-        self.blocks = self.weights.view(rows, -1, DRAW_BLOCK)
+        self.blocks = draw_blocks(self.weights)
         self.masses = torch.zeros(self.blocks.shape[:2], dtype=torch.float32, device=device)
         # the first row, for one request at a time
         self.p_row, self.q_row, self.weights_row = self.p[0], self.q[0], self.weights[0, :vocab]
@@ -324,7 +330,7 @@ def residual(
     if pairs:
         at = torch.tensor(pairs, device=device)
         out[at[:, 0], at[:, 1]] = 0.0
-    return host(weights[:rows].view(rows, -1, DRAW_BLOCK).sum(-1))
+    return host(draw_blocks(weights[:rows]).sum(-1))
 
 
 def draw(weights: torch.Tensor, masses: Array, u_block: list[float], u_place: list[float]) -> list[int | None]:
@@ -338,7 +344,7 @@ def draw(weights: torch.Tensor, masses: Array, u_block: list[float], u_place: li
     Returns:
         the tokens, each of positive weight; None for a row without mass.
     """
-    blocks = weights.view(weights.shape[0], -1, DRAW_BLOCK)
+    blocks = draw_blocks(weights)
     found: list[int | None] = []
     if weights.is_cpu:
         inside = blocks.numpy()

@@ -258,7 +258,6 @@ class _Together:
         # whose weights the buffer holds, and which
         self.held: list[tuple[int, rules.Mass | rules.Draw]] = []
         self.masses: Array = np.zeros((0, 0), np.float32)
-        self._serve = {rules.Rows: self._rows, rules.Mass: self._mass, rules.Draw: self._draw}
 
     def run(self, outputs: _Outputs) -> None:
         """Run every rule to its end."""
@@ -267,8 +266,9 @@ class _Together:
             # one kind of request a round; the others wait and are joined by more of their kind
             kind = type(alive[0].wants)
             asking = alive if len(alive) == 1 else [walk for walk in alive if type(walk.wants) is kind]
+            serve: Any = self._rows if kind is rules.Rows else self._mass if kind is rules.Mass else self._draw
             done = set()
-            for walk, answer in zip(asking, self._serve[kind](asking), strict=True):
+            for walk, answer in zip(asking, serve(asking), strict=True):
                 try:
                     if isinstance(answer, Status):
                         outputs.end(walk.request, walk.tree.path, PLACEHOLDER, int(answer))

@@ -125,7 +125,8 @@ def _tree_attention(
     if window is not None:
         mask &= _inside_window(visible, ancestors, prefix, used, window)
     seen = mask.any(1)
-    if not bool(seen.all()):  # what nobody sees may hold anything, NaN too, and 0 * NaN is NaN
+    # what nobody sees may hold anything, NaN too, and 0 * NaN is NaN; only the CPU looks first whether that can be
+    if not query.is_cpu or not bool(seen.all()):
         key = torch.where(seen[:, None, :, None], key, 0.0)
         value = torch.where(seen[:, None, :, None], value, 0.0)
     mask = mask[:, None]

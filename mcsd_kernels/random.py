@@ -100,14 +100,14 @@ def uniforms(seeds: torch.Tensor, node: torch.Tensor, step: torch.Tensor, stream
         for lane, word in enumerate(philox_words(counter, [keys & _WORD, keys >> 32 & _WORD])):
             words[:, :, lane] = word
         words >>= 8
-        return torch.from_numpy((words.reshape(rows, -1)[:, :count] * np.float32(2.0**-24)).astype(np.float32))
+        return torch.from_numpy((words.reshape(rows, blocks * 4)[:, :count] * np.float32(2.0**-24)).astype(np.float32))
     key = seeds.reshape(-1, 1)
     lanes = torch.arange(blocks, device=seeds.device)
     last = torch.tensor([stream], device=seeds.device)
     words_on_device = philox(
         [lanes, node.reshape(-1, 1) & _WORD, step.reshape(-1, 1) & _WORD, last], [key & _WORD, key >> 32 & _WORD]
     )
-    numbers = words_on_device.expand(rows, blocks, 4).reshape(rows, -1)[:, :count]
+    numbers = words_on_device.expand(rows, blocks, 4).reshape(rows, blocks * 4)[:, :count]
     return (numbers >> 8).float().mul_(2.0**-24)
 
 

@@ -28,6 +28,9 @@ RULES = ("recursive", "traversal")
 MISSING = -1
 """The token of a candidate that was never drawn."""
 
+NO_WEIGHT = 1e-30
+"""A child that would be entered with less than this share is not entered: traversal would stop there once in 1e30."""
+
 SMALL_DRAFT_MASS = 1e-6
 """Below this, what subtraction left of the draft's mass is summed afresh over the untried tokens."""
 
@@ -421,8 +424,8 @@ def _stops(path: list[int], scale: float, mass: float, coins: Coins) -> bool:
 def _enter_child(
     problem: Problem, coins: Coins, path: list[int], child: Candidate, scale: float, mass: float
 ) -> Outcome | None:
-    """Enter a child with weight min(1, mass / scale); one of weight 0 fails without a look at its rows."""
-    if mass <= 0:
+    """Enter a child with weight min(1, mass / scale); one of (next to) no weight fails without a look at its rows."""
+    if mass <= scale * NO_WEIGHT:
         return None
     w = 1.0 if mass >= scale else mass / scale
     if child.virtual:

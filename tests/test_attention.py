@@ -1,4 +1,4 @@
-"""`tree_attention` against the float64 oracle; its error is judged by that of torch's own attention in the same dtype."""
+"""`tree_attention` against the float64 oracle, judged by the error of torch's own attention in the same dtype."""
 
 from __future__ import annotations
 

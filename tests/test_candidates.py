@@ -45,7 +45,7 @@ def drawn(
     ("law", "k", "sampling"),
     [
         pytest.param(Q, 3, SamplingParams(), id="plain"),
-        pytest.param(Q, 3, FILTERED, id="temperature-and-filters"),
+        pytest.param(Q, 2, FILTERED, id="temperature-and-filters"),
         pytest.param([0.6, 0.0, 0.4, 0.0], 3, SamplingParams(), id="fewer-tokens-with-mass-than-candidates"),
         pytest.param([0.25] * 4, 2, SamplingParams(), id="uniform"),
     ],
@@ -60,8 +60,8 @@ def test_law(
 
 
 def test_the_law_test_sees_a_small_bias(device: torch.device, p_value: Any) -> None:
-    """Two probabilities that are off by 0.02: a total variation of 0.02 in the first draw."""
-    counts = drawn([0.37, 0.28, 0.2, 0.1, 0.05], 3, "without_replacement", SamplingParams(), device, 20_000)
+    """Two probabilities that are off by 0.03: a total variation of 0.03 in the first draw."""
+    counts = drawn([0.38, 0.27, 0.2, 0.1, 0.05], 3, "without_replacement", SamplingParams(), device, 20_000)
     assert p_value(reference.candidate_law(np.array(Q), 3, "without_replacement"), counts) < 1e-9
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, RepetitionPenaltyLogitsProcessor
 
 import mcsd
 from mcsd import Drafter, ModelDrafter, NgramDrafter, Proposal, State
-from mcsd_kernels import SamplingParams
+from mcsd_kernels import SamplingParams, Status
 from tests.cases import PROPOSALS, RULES
 from tests.tiny import VOCAB, greedy, pad, perturbed, plain_logits, prompt, tiny
 
@@ -102,10 +103,8 @@ def test_draft_logits_are_plain_logits_at_every_step(
     assert 0 < sum(stats.accepted_by_depth) < sum(stats.tested_by_depth)
     assert stats.accepted_by_depth[2] > 0, "whole paths were accepted too, so leaves had to be read afterwards"
     assert drafter.steps == stats.target_calls > 5 and drafter.rows > 50
-    assert (
-        len({tuple(b - a for a, b in zip(*pair, strict=True)) for pair in zip(drafter.lengths, drafter.lengths[1:])})
-        > 2
-    )
+    steps = [tuple(b - a for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(drafter.lengths)]
+    assert len(set(steps)) > 2, "requests advance each by its own length"
     assert drafter.error < 1e-4
 
 
@@ -269,7 +268,7 @@ def test_lookup_keeps_to_its_bounds(depth: int, nodes: int) -> None:
             ends = [i for i in range(1, len(text)) if text[i : i + len(path)] == path]
             assert any(text[i - 1] == text[-1] for i in ends)
         grew += len(placed)
-    assert grew > 20
+    assert grew >= 15 * min(depth, nodes - 1)
 
 
 def test_lookup_learns_what_was_generated() -> None:
@@ -359,10 +358,8 @@ class Oracle(Drafter):
             said = len(sequence) - self.start[request]
             first, second = [*self.rows[request], 7, 7][said : said + 2]
             other = (first + 1) % VOCAB
-            # shapes differ: request 1 has padding first, request 2 a missing and an impossible candidate
-            tokens.append(
-                [sequence[-1], other if request != 2 else -1, first, other if request != 2 else VOCAB, second]
-            )
+            # shapes differ: request 1 has padding first, request 2 a missing candidate
+            tokens.append([sequence[-1], other if request != 2 else -1, first, other, second])
             parents.append([-1, -1 if request == 1 else 0, 0, 2, 2])
         self.length = [len(sequence) for sequence in state.sequences]
         return Proposal(torch.tensor(tokens), torch.tensor(parents), 2)
@@ -384,7 +381,32 @@ def test_trees_of_different_shapes_in_one_batch(llama: PreTrainedModel) -> None:
     assert torch.equal(found.sequences, wanted)
     assert found.stats.target_calls == 4 and found.stats.tokens_per_call == 3.0
     assert drafter.calls == ["begin", *["propose", "keep"] * 4, "end"]
-    assert found.stats.status[:2] == [0, 0]
+    assert found.stats.status == [0, 0, 0]
+
+
+class Impossible(Drafter):
+    """Proposes tokens that are none, which `verify` rejects and reports, and one that is."""
+
+    def propose(self, state: State) -> Proposal:
+        tokens = torch.tensor([[s[-1], state.vocab, 5, state.vocab + 1000, -7] for s in state.sequences])
+        return Proposal(tokens, torch.tensor([-1, 0, 0, 2, 2]), 2)
+
+
+def test_impossible_tokens_are_rejected(llama: PreTrainedModel) -> None:
+    ids, mask = pad(PROMPTS)
+    found = mcsd.generate(llama, Impossible(), ids, mask, max_new_tokens=12, temperature=0.0)
+    assert torch.equal(found.sequences, greedy(llama, ids, mask, 12))
+    assert all(status & Status.BAD_TOKEN for status in found.stats.status)
+    processed = mcsd.generate(
+        llama,
+        Impossible(),
+        ids,
+        mask,
+        max_new_tokens=12,
+        temperature=0.0,
+        logits_processor=RepetitionPenaltyLogitsProcessor(1.3),
+    )
+    assert torch.equal(processed.sequences, greedy(llama, ids, mask, 12, [RepetitionPenaltyLogitsProcessor(1.3)]))
 
 
 def test_a_wrong_proposal_is_named(llama: PreTrainedModel) -> None:

@@ -360,7 +360,7 @@ def law_is(found: list[tuple[int, ...]], law: dict[tuple[int, ...], float], p_va
 
 
 def sample(
-    model: PreTrainedModel, drafter: Any, start: list[int], *, calls: int = 6, batch: int = 2000, **options: Any
+    model: PreTrainedModel, drafter: Any, start: list[int], *, calls: int = 5, batch: int = 2000, **options: Any
 ) -> tuple[list[tuple[int, ...]], Stats]:
     ids = torch.tensor([start] * batch)
     found: list[tuple[int, ...]] = []
@@ -372,7 +372,7 @@ def sample(
     return found, generation.stats
 
 
-P = 1e-3  # 12,000 texts: a total variation of 0.03 in two tokens is seen almost always
+P = 1e-3  # with 10,000 texts a total variation of 0.03 in two tokens is seen nine times in ten, or better
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -395,7 +395,7 @@ def test_sampled_text_has_the_law_of_the_filters(
     filters: dict[str, Any], proposal: str, rule: str, few: PreTrainedModel, p_value: PValue
 ) -> None:
     found, stats = sample(
-        few, perturbed(few, 0.7), START, calls=5, branching=(3, 1), proposal=proposal, rule=rule, **filters
+        few, perturbed(few, 0.7), START, calls=4, branching=(3, 1), proposal=proposal, rule=rule, **filters
     )
     assert partial(stats)
     assert law_is(found, exact(few, START, **filters), p_value) > P
@@ -429,8 +429,8 @@ class Sorts(ModelDrafter):
         return proposal
 
 
-def test_these_laws_tests_see_a_small_bias(few: PreTrainedModel, p_value: PValue) -> None:
-    found, _ = sample(few, Sorts(perturbed(few, 0.7), (3,)), START)
+def test_a_law_test_sees_a_bias(few: PreTrainedModel, p_value: PValue) -> None:
+    found, _ = sample(few, Sorts(perturbed(few, 0.7), (3,)), START, calls=3)
     assert law_is(found, exact(few, START), p_value) < P
 
 
@@ -750,13 +750,16 @@ class Breaks(ModelDrafter):
         super().keep(state, path, length)
 
 
-@pytest.mark.parametrize("where", ["begin", "propose", "keep", "callback", "streamer", "first-token", "criterion"])
+@pytest.mark.parametrize(
+    "where",
+    ["prompt", "begin", "propose", "keep", "callback", "streamer", "first-token", "criterion", "processor"],
+)
 def test_an_interruption_returns_what_there_is(where: str, llama: PreTrainedModel, draft: PreTrainedModel) -> None:
     ids, mask = pad(PROMPTS[:1])
     width = ids.shape[1]
     text = greedy(llama, ids, mask, NEW)[0].tolist()
     drafter: Any = Breaks(draft, KeyboardInterrupt(), where) if where in ("begin", "propose", "keep") else draft
-    streamer = Collect({"streamer": 7, "first-token": 2}.get(where))
+    streamer = Collect({"prompt": 1, "first-token": 2, "streamer": 7}.get(where))
 
     def callback(stats: Stats) -> None:
         if where == "callback" and stats.target_calls == 2:
@@ -767,26 +770,50 @@ def test_an_interruption_returns_what_there_is(where: str, llama: PreTrainedMode
             raise KeyboardInterrupt
         return False
 
+    def processor(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if where == "processor" and input_ids.shape[1] > width + 6:
+            raise KeyboardInterrupt
+        return scores
+
     before = untouched(llama), untouched(draft)
-    found = mcsd.generate(
-        llama,
-        drafter,
-        ids,
-        mask,
-        max_new_tokens=NEW,
-        temperature=0.0,
-        proposal=None,
-        streamer=streamer,
-        callback=callback,
-        stopping_criteria=[criterion],
-    )
+    try:
+        found = mcsd.generate(
+            llama,
+            drafter,
+            ids,
+            mask,
+            max_new_tokens=NEW,
+            temperature=0.0,
+            proposal=None,
+            streamer=streamer,
+            callback=callback,
+            stopping_criteria=[criterion],
+            logits_processor=[processor],
+        )
+    except KeyboardInterrupt:  # it would end the whole test session
+        pytest.fail("the interruption was passed on")
     assert found.stats.interrupted
     row = found.sequences[0].tolist()
     assert row == text[: len(row)] and width <= len(row) < len(text)
-    assert (len(row) == width) == (where == "begin")
+    assert (len(row) == width) == (where in ("prompt", "begin"))
     assert streamer.ended == 1 and torch.cat([ids[0], *streamer.got[1:]]).tolist() == row
     assert found.stats.tokens == len(row) - width
     assert (untouched(llama), untouched(draft)) == before
+
+
+def test_an_interruption_of_a_batch(llama: PreTrainedModel, draft: PreTrainedModel) -> None:
+    ids, mask = pad(PROMPTS)
+    width = ids.shape[1]
+    wanted = greedy(llama, ids, mask, NEW)
+    drafter = Breaks(draft, KeyboardInterrupt(), "propose")
+    found = mcsd.generate(llama, drafter, ids, mask, max_new_tokens=NEW, temperature=0.0, pad_token_id=VOCAB - 1)
+    lengths = []
+    for row, text in zip(found.sequences.tolist(), wanted.tolist(), strict=True):
+        same = next((i for i, (a, b) in enumerate(zip(row, text, strict=False)) if a != b), len(row))
+        assert set(row[same:]) <= {VOCAB - 1}
+        lengths.append(same - width)
+    assert min(lengths) >= 2, "two steps were done"
+    assert sum(lengths) == found.stats.tokens and found.stats.interrupted
 
 
 @pytest.mark.parametrize("where", ["begin", "propose", "keep", "callback", "streamer"])

@@ -1,4 +1,4 @@
-"""The registered operators: opcheck, torch.compile through every public function, and fake tensors that nobody may read."""
+"""The operators: opcheck, torch.compile through every public function, and fake tensors that nobody may read."""
 
 from __future__ import annotations
 

@@ -214,7 +214,8 @@ def test_extreme_logits(device: torch.device) -> None:
 def test_each_request_has_its_own_parameters(device: torch.device) -> None:
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(1)).to(device)
     values: dict[str, list[Any]] = {
-        "temperature": [0.0, 0.5, 1.0, 2.0], "top_k": [0, 0, 5, 50], "top_p": [1.0, 0.8, 1.0, 0.5], "min_p": [0, 0.1, 0, 0]
+        "temperature": [0.0, 0.5, 1.0, 2.0], "top_k": [0, 0, 5, 50],
+        "top_p": [1.0, 0.8, 1.0, 0.5], "min_p": [0, 0.1, 0, 0],
     }  # fmt: skip
     tensors: Any = {name: torch.tensor(value, device=device) for name, value in values.items()}
     found, _ = backend_law(logits, **tensors)

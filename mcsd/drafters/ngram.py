@@ -64,9 +64,10 @@ class NgramDrafter(Drafter):
         self._index(request, sequence)
         tokens, parents = [sequence[-1]], [-1]
         children: dict[tuple[int, int], int] = {}
+        inner: set[int] = set()
         followed = 0
         for place in self._places(request, sequence):
-            node, grew = 0, False
+            node, branched = 0, False
             for token in sequence[place : place + self.depth]:
                 child = children.get((node, token))
                 if child is None:
@@ -75,9 +76,11 @@ class NgramDrafter(Drafter):
                     child = children[node, token] = len(tokens)
                     tokens.append(token)
                     parents.append(node)
-                    grew = True
+                    # the first path, or a fork; a path that only got longer is no other continuation
+                    branched |= node in inner or node == 0
+                    inner.add(node)
                 node = child
-            followed += grew
+            followed += branched
             if followed == self.continuations:
                 break
         return tokens, parents

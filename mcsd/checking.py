@@ -92,8 +92,13 @@ def check(model: PreTrainedModel, *, attention: str = "auto", prefix: int = 12, 
 _CHECKED: WeakSet[PreTrainedModel] = WeakSet()
 
 
-def require(model: PreTrainedModel, attention: str) -> None:
+def require(name: str, model: PreTrainedModel, attention: str) -> None:
     """Refuse a model that cannot score trees; one that would go the dense way is tried out, once.
+
+    Args:
+        name: the argument it came in, for the error.
+        model: a Hugging Face model.
+        attention: "auto", "tree" or "dense".
 
     Raises:
         UnsupportedModelError: with the reason.
@@ -104,7 +109,7 @@ def require(model: PreTrainedModel, attention: str) -> None:
         if not reason:
             _CHECKED.add(model)
     if reason:
-        raise UnsupportedModelError(reason)
+        raise UnsupportedModelError(f"{name}: {reason}")
 
 
 def _plain(model: PreTrainedModel, tokens: torch.Tensor, prefix: int, path: list[int]) -> torch.Tensor:

@@ -1,0 +1,28 @@
+"""Prompts of instruction and translation kind, written for this project; no draft shipped here was trained on them."""
+
+PROMPTS = (
+    "Explain in three sentences why the sky is blue.",
+    "Write a short story about a fox who is afraid of the dark.",
+    "List five things to pack for a week in the mountains, with a reason for each.",
+    "Write a polite email that asks for a deadline to be moved by two days.",
+    "What is the difference between weather and climate?",
+    "Translate into French: The train to the coast leaves at nine every morning.",
+    "Translate into German: My sister bought a small house near the river last year.",
+    "Translate into Spanish: We are looking for a restaurant that is open on Sundays.",
+    "Translate into English: Le chat dort sur la chaise devant la fenêtre.",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "Write a Python function that checks whether a string is a palindrome, and explain it.",
+    "Give me a recipe for vegetable soup.",
+    "Summarise what a compiler does, for someone who has never programmed.",
+    "What are the advantages and disadvantages of working from home?",
+    "Describe how to change a flat bicycle tyre, step by step.",
+    "Who was Marie Curie, and what is she known for?",
+    "Write a poem of eight lines about autumn.",
+    "Give three tips for sleeping better.",
+    "Explain photosynthesis to a ten-year-old.",
+    "What should I consider before adopting a dog?",
+    "Write a dialogue between a customer and a librarian who recommends a book.",
+    "Explain the rules of chess in one paragraph.",
+    "How do vaccines work?",
+    "Write a product description for a reusable water bottle.",
+)
