@@ -10,18 +10,17 @@ from mcsd.trees import TreeShape
 from mcsd_kernels import draw_candidates, draw_uniforms
 
 # Gaussian logits of this spread, and a draft this far from the target: overlap sum min(p, q) of about 0.6
-SPREAD, DISTANCE = 2.0, 0.75
+SPREAD, DISTANCE = 2.0, 1.0
 
 
 @dataclass
 class Inputs:
-    """One batch of trees, and the uniform numbers of several calls."""
+    """Logits of one batch of trees, and the candidates and uniform numbers of several calls."""
 
     target: torch.Tensor
     draft: torch.Tensor
-    tokens: torch.Tensor
+    drawn: list[tuple[torch.Tensor, torch.Tensor]]  # tokens and uniforms, a pair a call
     parents: torch.Tensor
-    uniforms: list[torch.Tensor]
     depth: int
 
     @property
@@ -30,19 +29,20 @@ class Inputs:
         return float(torch.minimum(self.target.softmax(-1), self.draft.softmax(-1)).sum(-1).mean())
 
 
-def make(branching: tuple[int, ...], vocab: int, batch: int = 1, calls: int = 64, seed: int = 0) -> Inputs:
+def make(branching: tuple[int, ...], vocab: int, batch: int = 1, calls: int = 32, seed: int = 0) -> Inputs:
     """Float32 inputs of `[batch, nodes, vocab]`."""
     random = torch.Generator().manual_seed(seed)
     shape = TreeShape.of(branching)
     target = torch.randn(batch, shape.nodes, vocab, generator=random) * SPREAD
     draft = target + torch.randn(batch, shape.nodes, vocab, generator=random) * DISTANCE
     seeds = torch.arange(batch) + seed
-    tokens = torch.zeros(batch, shape.nodes, dtype=torch.long)
     parents = shape.parents.tolist()
-    for node in range(shape.inner):
-        first = parents.index(node)
-        width = parents.count(node)
-        nodes = torch.full((batch,), node)
-        tokens[:, first : first + width] = draw_candidates(draft[:, node], width, seeds, 0, nodes=nodes)
-    uniforms = [draw_uniforms(seeds, step, shape.nodes + 2) for step in range(1, calls + 1)]
-    return Inputs(target, draft, tokens, shape.parents, uniforms, len(branching))
+    drawn = []
+    for step in range(calls):
+        tokens = torch.zeros(batch, shape.nodes, dtype=torch.long)
+        for node in range(shape.inner):
+            first, width = parents.index(node), parents.count(node)
+            nodes = torch.full((batch,), node)
+            tokens[:, first : first + width] = draw_candidates(draft[:, node], width, seeds, step, nodes=nodes)
+        drawn.append((tokens, draw_uniforms(seeds, step, shape.nodes + 2)))
+    return Inputs(target, draft, drawn, shape.parents, len(branching))

@@ -28,18 +28,21 @@ def one_thread() -> Any:
 
 
 def ours(inputs: cases.Inputs) -> Callable[[], Any]:
-    """A call of `verify` with the next uniform numbers."""
-    uniforms = itertools.cycle(inputs.uniforms)
-    return lambda: verify(
-        inputs.target, inputs.draft, inputs.tokens, inputs.parents, next(uniforms), max_depth=inputs.depth
-    )
+    """A call of `verify` with the next candidates and uniform numbers."""
+    drawn = itertools.cycle(inputs.drawn)
+
+    def call() -> Any:
+        tokens, uniforms = next(drawn)
+        return verify(inputs.target, inputs.draft, tokens, inputs.parents, uniforms, max_depth=inputs.depth)
+
+    return call
 
 
 def check(inputs: cases.Inputs) -> float:
     """Refuse to time a wrong kernel; returns the mean number of tokens emitted."""
     lengths = []
-    for number, uniforms in enumerate(inputs.uniforms):
-        call = (inputs.target, inputs.draft, inputs.tokens, inputs.parents, uniforms)
+    for number, (tokens, uniforms) in enumerate(inputs.drawn):
+        call = (inputs.target, inputs.draft, tokens, inputs.parents, uniforms)
         got = verify(*call, max_depth=inputs.depth)
         lengths.append(got.length.float().mean())
         if number < 4:
@@ -77,7 +80,8 @@ def compare(
 def test_chain_of_four(benchmark: Any, vocab: int, wanted: str) -> None:
     """One chain from raw logits, against transformers' assisted decoding."""
     inputs = cases.make((1, 1, 1, 1), vocab)
-    call = lambda: rivals.transformers_chain(inputs.target, inputs.draft, inputs.tokens)  # noqa: E731
+    drawn = itertools.cycle(inputs.drawn)
+    call = lambda: rivals.transformers_chain(inputs.target, inputs.draft, next(drawn)[0])  # noqa: E731
     compare(benchmark, f"chain of 4, {vocab}", inputs, "transformers _speculative_sampling", call, 200, wanted)
 
 
@@ -86,7 +90,8 @@ def test_tree(benchmark: Any, branching: tuple[int, ...], rounds: int, wanted: s
     """One sampled tree, against softmax of every node and textbook recursive rejection."""
     inputs = cases.make(branching, 32_000)
     parents = inputs.parents.tolist()
-    call = lambda: rivals.textbook_tree(inputs.target, inputs.draft, inputs.tokens, parents)  # noqa: E731
+    drawn = itertools.cycle(inputs.drawn)
+    call = lambda: rivals.textbook_tree(inputs.target, inputs.draft, next(drawn)[0], parents)  # noqa: E731
     compare(benchmark, f"tree {branching}, 32000", inputs, "softmax + textbook rejection", call, rounds, wanted)
 
 

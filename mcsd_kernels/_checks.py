@@ -37,7 +37,7 @@ def contiguous_last_axis(name: str, value: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected a contiguous last axis (stride 1), got stride {value.stride(-1)}")
 
 
-def choice(name: str, value: Any, options: Sequence[str]) -> None:
+def choice(name: str, value: Any, options: Sequence[str | None]) -> None:
     """Raise unless `value` is one of `options`."""
     if value not in options:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")

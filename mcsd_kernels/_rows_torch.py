@@ -109,6 +109,17 @@ class Buffers:
         # the first row, for one request at a time
         self.p_row, self.q_row, self.weights_row = self.p[0], self.q[0], self.weights[0, :vocab]
         self.first_blocks, self.first_masses = self.blocks[:1], self.masses[:1]
+        # the same memory for NumPy; from another device, a draw fetches the one block it needs
+        self.on_host = (self.first_masses[0].numpy(), self.blocks[0].numpy()) if device.type == "cpu" else None
+
+    def draw(self, u_block: float, u_place: float) -> int | None:
+        """One token from the first row's weights and masses; None where there is no mass."""
+        masses, inside = self.on_host or (host(self.first_masses[0]), None)
+        block = first_above(masses, u_block)
+        if block < 0:
+            return None
+        weights = host(self.blocks[0, block]) if inside is None else inside[block]
+        return block * DRAW_BLOCK + first_above(weights, u_place)
 
 
 _kept = threading.local()

@@ -74,6 +74,7 @@ class _Batch:
         self.sampling, self.draft_sampling = sampling, draft_sampling
         self.max_depth = max_depth
         self.tokens, self.uniforms = host(tokens), host(uniforms)
+        self._token_lists: list[list[int]] = self.tokens.tolist()
         self.vocab = target.logits.shape[-1]
         rows = host(parents).tolist()
         rows = [rows] if parents.dim() == 1 else rows
@@ -87,7 +88,7 @@ class _Batch:
         """The scalar side of one request."""
         topology = self.topology(request)
         assert topology is not None
-        tokens, vocab, deepest = self.tokens[request].tolist(), self.vocab, self.max_depth
+        tokens, vocab, deepest = self._token_lists[request], self.vocab, self.max_depth
         rows = self.target.rows
 
         def children(node: int, depth: int) -> list[rules.Child]:
@@ -103,11 +104,11 @@ class _Batch:
 
     def faults(self) -> Array | None:
         """`[batch]` int32: the status bits that need no row; None if there are none at all."""
-        batch, nodes = self.tokens.shape
+        batch = len(self.tokens)
         found: list[tuple[Status, Any]] = []
         if batch == 0:
             return None
-        if nodes > 1 and (self.tokens.max() >= self.vocab or self.tokens.min() < rules.MISSING):
+        if any(max(row) >= self.vocab or min(row) < rules.MISSING for row in self._token_lists):
             wrong = (self.tokens < rules.MISSING) | (self.tokens >= self.vocab)
             found.append((Status.BAD_TOKEN, (wrong & self._in_use())[:, 1:].any(1)))
         if None in self._topologies:
@@ -151,7 +152,6 @@ class _Batch:
         return np.array([[bool(siblings) for siblings in topology] for topology in topologies])
 
 
-_NONE = np.zeros((0, 0), np.float32)
 _ONE = 0x3F800000  # 1.0
 
 
@@ -201,7 +201,6 @@ class _Alone:
     def __init__(self, batch: _Batch, room: rows_torch.Buffers) -> None:
         self.batch, self.room = batch, room
         self.p, self.q = room.p[:1], room.q[:1]
-        self.masses: Array = _NONE
 
     def run(self, walk: _Walk, outputs: _Outputs) -> None:
         """Run the rule to its end."""
@@ -221,10 +220,11 @@ class _Alone:
                         self._fill(wants)
                         held = wants
                     if kind is rules.Mass:
-                        answer = float(self.masses.sum()) * (wants.w or 1.0)
+                        masses = self.room.on_host[0] if self.room.on_host else host(self.room.first_masses)
+                        answer = float(masses.sum()) * (wants.w or 1.0)
                     else:
                         u = walk.tree.uniforms
-                        answer = rows_torch.draw(self.room.weights[:1], self.masses, u[-2:-1], u[-1:])[0]
+                        answer = self.room.draw(u[-2], u[-1])
                 wants = send(answer)
         except StopIteration as stop:
             outputs.end(walk.request, walk.tree.path, stop.value)
@@ -246,7 +246,6 @@ class _Alone:
         room = self.room
         rows_torch.fill(room.p_row, room.q_row, wants, room.weights_row)
         torch.sum(room.first_blocks, -1, out=room.first_masses)
-        self.masses = host(room.first_masses)
 
 
 class _Together:

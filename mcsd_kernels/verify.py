@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from . import _checks as check
 from . import _verify_torch
-from ._backend import choose
+from ._backend import BACKENDS, choose
 from ._library import operator
 from .sampling import SamplingParams, pack
 from .types import Verified
@@ -61,7 +63,7 @@ def verify(
         draft_rows: the same for the draft; rows of leaves are not read.
         max_depth: the caller's bound on the tree's depth, which fixes the width of the result; a node at that depth
             counts as a leaf. None: nodes - 1.
-        backend: "torch", or None to choose by device.
+        backend: "torch" or "triton"; None to choose by device.
 
     Returns:
         `Verified(path, length, tokens, status)`, all on the device of the logits.
@@ -100,7 +102,7 @@ def verify(
     if max_depth is None:
         max_depth = nodes - 1
     check.whole("max_depth", max_depth, 0)
-    choose(backend, target_logits.device)
+    check.choice("backend", backend, (None, *BACKENDS))
 
     return Verified(
         *_OPERATOR(
@@ -118,6 +120,7 @@ def verify(
             proposal,
             rule,
             max_depth,
+            backend or "",
         )
     )
 
@@ -143,6 +146,16 @@ def _check_logits(
     return logits.shape[-1]
 
 
+def _verify(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run the backend that the last argument names ("": none); Triton is imported when it is first needed."""
+    *rest, backend = arguments
+    if choose(backend or None, rest[0].device) == "triton":
+        from . import _verify_triton
+
+        return _verify_triton.verify(*rest)
+    return _verify_torch.verify(*rest)
+
+
 def _fake(
     target_logits: torch.Tensor,
     draft_logits: torch.Tensor | None,
@@ -158,6 +171,7 @@ def _fake(
     proposal: str,
     rule: str,
     max_depth: int,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, width = tokens.shape[0], max_depth + 1
     new = target_logits.new_empty
@@ -172,8 +186,8 @@ def _fake(
 _OPERATOR = operator(
     "verify(Tensor target_logits, Tensor? draft_logits, Tensor tokens, Tensor parents, Tensor uniforms,"
     " Tensor? target_rows, Tensor? draft_rows, float[] sampling, Tensor?[] sampling_tensors,"
-    " float[] draft_sampling, Tensor?[] draft_sampling_tensors, str proposal, str rule, SymInt max_depth)"
+    " float[] draft_sampling, Tensor?[] draft_sampling_tensors, str proposal, str rule, SymInt max_depth, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    _verify_torch.verify,
+    _verify,
     _fake,
 )
