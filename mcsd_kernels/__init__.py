@@ -2,6 +2,7 @@
 
 from .attention import tree_attention
 from .candidates import draw_candidates
+from .cutoffs import row_cutoffs
 from .random import draw_uniforms
 from .sampling import SamplingParams
 from .tree import ancestor_bits, keep_path, tree_attention_mask
@@ -16,6 +17,7 @@ __all__ = [
     "draw_candidates",
     "draw_uniforms",
     "keep_path",
+    "row_cutoffs",
     "tree_attention",
     "tree_attention_mask",
     "verify",

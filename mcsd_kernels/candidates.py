@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from . import _candidates_torch
 from . import _checks as check
+from ._backend import choose
 from ._library import operator
 from .random import check_step
 from .sampling import SamplingParams, pack
@@ -21,6 +24,7 @@ def draw_candidates(
     proposal: str = "without_replacement",
     sampling: SamplingParams = SamplingParams(),
     nodes: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """Draw k children for each row of draft logits, in draw order.
 
@@ -39,6 +43,7 @@ def draw_candidates(
         sampling: temperature and filters of the draft; tensors are `[rows]`.
         nodes: `[rows]` int32 or int64, each row's node in its tree: rows of one request at one step must differ in it,
             or they get the same random numbers. None: 0 for every row.
+        backend: "torch" or "triton"; None to choose by device.
 
     Returns:
         `[rows, k]` int64 in draw order. -1 where the row has too few tokens with mass, and for a whole row that holds
@@ -64,8 +69,17 @@ def draw_candidates(
     check.same_device("draft_logits", draft_logits, {"seeds": seeds, "nodes": nodes})
     numbers, tensors = pack("sampling", sampling, rows, draft_logits.device)
     step_number = 0 if isinstance(step, torch.Tensor) else step
-    drawn: torch.Tensor = _OPERATOR(draft_logits, k, seeds, step_number, step_tensor, proposal, numbers, tensors, nodes)
-    return drawn
+    chosen = choose(backend, draft_logits.device)
+    return _OPERATOR(draft_logits, k, seeds, step_number, step_tensor, proposal, numbers, tensors, nodes, chosen)
+
+
+def _draw_candidates(*arguments: Any) -> torch.Tensor:
+    *rest, backend = arguments
+    if backend == "triton":
+        from . import _candidates_triton  # only here may triton be imported
+
+        return _candidates_triton.draw_candidates(*rest)
+    return _candidates_torch.draw_candidates(*rest)
 
 
 def _fake(
@@ -78,13 +92,14 @@ def _fake(
     numbers: list[float],
     tensors: list[torch.Tensor | None],
     nodes: torch.Tensor | None,
+    backend: str,
 ) -> torch.Tensor:
     return draft_logits.new_empty(draft_logits.shape[0], k, dtype=torch.int64)
 
 
 _OPERATOR = operator(
     "draw_candidates(Tensor draft_logits, SymInt k, Tensor seeds, SymInt step, Tensor? step_tensor, str proposal,"
-    " float[] sampling, Tensor?[] sampling_tensors, Tensor? nodes) -> Tensor",
-    _candidates_torch.draw_candidates,
+    " float[] sampling, Tensor?[] sampling_tensors, Tensor? nodes, str backend) -> Tensor",
+    _draw_candidates,
     _fake,
 )

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from . import _checks as check
+from ._backend import choose
 from ._library import operator
 
 # The last word of the counter keeps the purposes of random numbers apart.
@@ -19,7 +20,9 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 
 
-def draw_uniforms(seeds: torch.Tensor, step: int | torch.Tensor, count: int) -> torch.Tensor:
+def draw_uniforms(
+    seeds: torch.Tensor, step: int | torch.Tensor, count: int, *, backend: str | None = None
+) -> torch.Tensor:
     """Uniform numbers in [0, 1) that depend on (seed, step, column) alone.
 
     Number i is word i % 4 of Philox 4x32-10 with the seed as key and (i // 4, 0, step, 0) as counter, its upper 24
@@ -30,19 +33,21 @@ def draw_uniforms(seeds: torch.Tensor, step: int | torch.Tensor, count: int) -> 
         step: number of the call, in [0, 2^32): an int, or a `[batch]` int64 or int32 tensor. A step must not be used
             twice with a seed: verification is lossless only if its coins are fresh.
         count: numbers a request.
+        backend: "torch" or "triton"; None to choose by device.
 
     Returns:
         `[batch, count]` f32 on the device of `seeds`.
 
     Raises:
-        ValueError: a wrong shape or dtype, or an int `step` or `count` out of range.
+        ValueError: a wrong shape or dtype, an int `step` or `count` out of range, or a backend that cannot run here.
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     check.tensor("seeds", seeds, (None,), (torch.int64,))
     check.whole("count", count, 0)
     step_tensor = check_step(step, seeds)
-    return _OPERATOR(seeds, 0 if step_tensor is not None else step, step_tensor, count)
+    chosen = choose(backend, seeds.device)
+    return _OPERATOR(seeds, 0 if step_tensor is not None else step, step_tensor, count, chosen)
 
 
 def check_step(step: int | torch.Tensor, seeds: torch.Tensor) -> torch.Tensor | None:
@@ -111,17 +116,27 @@ def uniforms(seeds: torch.Tensor, node: torch.Tensor, step: torch.Tensor, stream
     return (numbers >> 8).float().mul_(2.0**-24)
 
 
-def _draw_uniforms(seeds: torch.Tensor, step: int, step_tensor: torch.Tensor | None, count: int) -> torch.Tensor:
+def _draw_uniforms(
+    seeds: torch.Tensor, step: int, step_tensor: torch.Tensor | None, count: int, backend: str
+) -> torch.Tensor:
+    if backend == "triton":
+        from . import _random_triton  # only here may triton be imported
+
+        return _random_triton.draw_uniforms(seeds, step, step_tensor, count)
     if step_tensor is None:
         step_tensor = torch.full((), step, dtype=torch.int64, device=seeds.device)
     zero = torch.zeros((), dtype=torch.int64, device=seeds.device)
     return uniforms(seeds, zero, step_tensor.long(), VERIFY_STREAM, count).contiguous()
 
 
-def _fake(seeds: torch.Tensor, step: int, step_tensor: torch.Tensor | None, count: int) -> torch.Tensor:
+def _fake(
+    seeds: torch.Tensor, step: int, step_tensor: torch.Tensor | None, count: int, backend: str
+) -> torch.Tensor:
     return seeds.new_empty(seeds.shape[0], count, dtype=torch.float32)
 
 
 _OPERATOR = operator(
-    "draw_uniforms(Tensor seeds, SymInt step, Tensor? step_tensor, SymInt count) -> Tensor", _draw_uniforms, _fake
+    "draw_uniforms(Tensor seeds, SymInt step, Tensor? step_tensor, SymInt count, str backend) -> Tensor",
+    _draw_uniforms,
+    _fake,
 )

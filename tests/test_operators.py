@@ -16,6 +16,7 @@ from mcsd_kernels import (
     draw_candidates,
     draw_uniforms,
     keep_path,
+    row_cutoffs,
     tree_attention,
     tree_attention_mask,
     verify,
@@ -117,6 +118,14 @@ CALLS: list[Any] = [
         },
         id="draw_candidates-with-everything",
     ),
+    pytest.param(
+        row_cutoffs,
+        lambda: {
+            "logits": candidates_call()["draft_logits"],
+            "sampling": SamplingParams(top_k=5, top_p=torch.full((6,), 0.9)),
+        },
+        id="row_cutoffs",
+    ),
     pytest.param(ancestor_bits, lambda: {"parents": torch.tensor([-1, 0, 0, 1])}, id="ancestor_bits-shared"),
     pytest.param(ancestor_bits, lambda: {"parents": torch.tensor([[-1, 0, 0, 1]] * 3)}, id="ancestor_bits-batched"),
     pytest.param(
@@ -138,7 +147,7 @@ OPERATORS: list[Any] = [
             "dense",
             lambda: (
                 *tree_call().values(), None, None, [1.0, 0.0, 1.0, 0.0], [None] * 4, [0.5, 4.0, 0.9, 0.0], [None] * 4,
-                "without_replacement", "recursive", 4,
+                "without_replacement", "recursive", 4, "torch",
             ),
         ),
         (
@@ -146,16 +155,17 @@ OPERATORS: list[Any] = [
             "rows",
             lambda: (
                 *list(rows_call().values())[:7], [0.0, 9.0, 0.0, 0.0], [torch.ones(3), None, torch.ones(3), None],
-                [1.0, 0.0, 1.0, 0.0], [None] * 4, "with_replacement", "traversal", 2,
+                [1.0, 0.0, 1.0, 0.0], [None] * 4, "with_replacement", "traversal", 2, "torch",
             ),
         ),
-        ("draw_uniforms", "one-step", lambda: (torch.arange(4), 3, None, 7)),
-        ("draw_uniforms", "a-step-each", lambda: (torch.arange(4), 0, torch.arange(4), 7)),
+        ("draw_uniforms", "one-step", lambda: (torch.arange(4), 3, None, 7, "torch")),
+        ("draw_uniforms", "a-step-each", lambda: (torch.arange(4), 0, torch.arange(4), 7, "torch")),
         (
             "draw_candidates",
             "plain",
             lambda: (
-                *list(candidates_call().values()), None, "without_replacement", [1.0, 0.0, 1.0, 0.0], [None] * 4, None,
+                *candidates_call().values(), None, "without_replacement", [1.0, 0.0, 1.0, 0.0], [None] * 4, None,
+                "torch",
             ),
         ),
         (
@@ -163,8 +173,13 @@ OPERATORS: list[Any] = [
             "tensors",
             lambda: (
                 torch.randn(6, 40).half(), 3, torch.arange(6), 0, torch.arange(6), "greedy", [0.0, 5.0, 1.0, 0.0],
-                [torch.ones(6), None, None, None], torch.arange(6),
+                [torch.ones(6), None, None, None], torch.arange(6), "torch",
             ),
+        ),
+        (
+            "row_cutoffs",
+            "mixed",
+            lambda: (torch.randn(3, 40), [1.0, 5.0, 0.9, 0.0], [torch.ones(3), None, None, None], "torch"),
         ),
         ("ancestor_bits", "shared", lambda: (torch.tensor([-1, 0, 0, 1]),)),
         ("ancestor_bits", "batched", lambda: (torch.tensor([[-1, 0, 0, 1]] * 3, dtype=torch.int32),)),
