@@ -59,9 +59,7 @@ def _row_cutoffs(
     return torch.from_numpy(cut).to(logits.device)
 
 
-def _fake(
-    logits: torch.Tensor, numbers: list[float], tensors: list[torch.Tensor | None], backend: str
-) -> torch.Tensor:
+def _fake(logits: torch.Tensor, numbers: list[float], tensors: list[torch.Tensor | None], backend: str) -> torch.Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 

@@ -129,9 +129,7 @@ def _draw_uniforms(
     return uniforms(seeds, zero, step_tensor.long(), VERIFY_STREAM, count).contiguous()
 
 
-def _fake(
-    seeds: torch.Tensor, step: int, step_tensor: torch.Tensor | None, count: int, backend: str
-) -> torch.Tensor:
+def _fake(seeds: torch.Tensor, step: int, step_tensor: torch.Tensor | None, count: int, backend: str) -> torch.Tensor:
     return seeds.new_empty(seeds.shape[0], count, dtype=torch.float32)
 
 
