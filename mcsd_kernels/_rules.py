@@ -132,11 +132,12 @@ def _test_greedy(u: list[float], siblings: list[Child], p: list[float], q: list[
     T = tuple(x for _, x, _ in top)
     (node, x), px, qx = siblings[-1], p[-1], q[-1]
     beta, tested = 0.0, None
-    if x != MISSING and x not in T:
+    if x != MISSING:
         beta = yield from _inverse_mass(T)
-        if u[node] * qx * beta < px:
-            return node, x
-        tested = (node, x) if px > 0.0 else None
+        if x not in T:
+            if u[node] * qx * beta < px:
+                return node, x
+            tested = (node, x) if px > 0.0 else None
     R = yield Mass(1.0, beta, T)
     left = sum(pt for _, _, pt in top) + R
     if left <= 0.0:
@@ -307,12 +308,13 @@ def _visit_greedy(visit: _Visit, p: list[float], q: list[float]) -> Step:
     T = tuple(x for _, x, _ in top)
     (node, x), px, qx = visit.siblings[-1], p[-1], q[-1]
     beta, tested = 0.0, None
-    if x != MISSING and x not in T:
+    if x != MISSING:
         beta = yield from _inverse_mass(T)
-        token = yield from visit.enter((node, x), qx * beta, w * px)
-        if token is not None:
-            return token
-        tested = (node, x) if px > 0.0 else None
+        if x not in T:
+            token = yield from visit.enter((node, x), qx * beta, w * px)
+            if token is not None:
+                return token
+            tested = (node, x) if px > 0.0 else None
     left = (1.0 - w) + w * sum(pt for _, _, pt in top) + (yield Mass(w, beta, T))
     if left <= 0.0:
         beta, left = 0.0, 1.0
