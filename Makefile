@@ -11,8 +11,8 @@ VENV = .venv
 BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 TEST_ENV = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
-# One process a core; the tests of a file share what they set up.
-PYTEST = $(TEST_ENV) $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+# One process a core.
+PYTEST = $(TEST_ENV) $(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 INTERPRETER_TESTS = tests/test_triton_*.py
 
 # The prompt reaches the program through the environment and unexpanded, so quotes and dollar signs in it are just text.

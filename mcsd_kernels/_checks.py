@@ -15,9 +15,9 @@ def tensor(name: str, value: Any, shape: Sequence[int | None], dtypes: Sequence[
     """Raise unless `value` is a tensor of this shape (None: any size) and one of these dtypes."""
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
-    wanted = tuple(shape)
-    if value.dim() != len(wanted) or any(w is not None and w != s for w, s in zip(wanted, value.shape, strict=True)):
-        text = ", ".join("any" if w is None else str(w) for w in wanted)
+    got = value.shape
+    if len(got) != len(shape) or not all(w is None or w == s for w, s in zip(shape, got, strict=True)):
+        text = ", ".join("any" if w is None else str(w) for w in shape)
         raise ValueError(f"{name}: expected shape [{text}], got {list(value.shape)}")
     if value.dtype not in dtypes:
         text = " or ".join(str(d).removeprefix("torch.") for d in dtypes)

@@ -45,6 +45,7 @@ class ModelDrafter(Drafter):
         nodes = TreeShape.of(self.branching).nodes
         self._scorer = Scorer(self.model, state.capacity + nodes, self.attention)
         self._contexts.enter_context(self._scorer.attending())
+        self._drawn_from: torch.Tensor | None = None
         prompts = [sequence[:-1] for sequence in state.sequences]
         self._cached = [len(prompt) for prompt in prompts]
         self._scorer.prefill(columns(prompts, state.device), self._cached)
@@ -58,7 +59,7 @@ class ModelDrafter(Drafter):
         self._inner = shape.inner
         logits = self._read(state)
         tokens = torch.tensor([[sequence[-1]] for sequence in state.sequences], device=device)
-        rows = [logits]
+        drawn_from = self._room(logits, shape.inner)
         for depth, width in enumerate(shape.branching):
             first, after = shape.levels[depth], shape.levels[depth + 1]
             if depth:
@@ -69,7 +70,7 @@ class ModelDrafter(Drafter):
                     root,
                     offset=first,
                 )
-                rows.append(logits)
+            drawn_from[:, first:after] = logits
             children = draw_candidates(
                 logits.reshape(-1, logits.shape[-1]),
                 width,
@@ -84,8 +85,7 @@ class ModelDrafter(Drafter):
             return Proposal(tokens, shape.parents, len(shape.branching))
         inner = torch.arange(shape.nodes, device=device).clamp(max=shape.inner - 1)
         draft_rows = (torch.arange(batch, device=device)[:, None] * shape.inner + inner).int()
-        draft_logits = torch.cat(rows, 1).reshape(batch * shape.inner, -1)
-        return Proposal(tokens, shape.parents, len(shape.branching), draft_logits, draft_rows)
+        return Proposal(tokens, shape.parents, len(shape.branching), drawn_from.flatten(0, 1), draft_rows)
 
     def keep(self, state: State, path: torch.Tensor, length: torch.Tensor) -> None:
         """Keep the accepted nodes that were read while drafting; leaves never were."""
@@ -99,8 +99,16 @@ class ModelDrafter(Drafter):
     def end(self) -> None:
         """Give the model its own attention back, and the cache's memory free."""
         self._contexts.close()
+        self._drawn_from = None
         if hasattr(self, "_scorer"):
             del self._scorer
+
+    def _room(self, logits: torch.Tensor, inner: int) -> torch.Tensor:
+        """`[batch, inner, vocab]`, the same memory at every step: fresh pages cost more than the copy."""
+        shape = (logits.shape[0], inner, logits.shape[2])
+        if self._drawn_from is None or self._drawn_from.shape != shape:
+            self._drawn_from = logits.new_empty(shape)
+        return self._drawn_from
 
     def _read(self, state: State) -> torch.Tensor:
         """Read what is committed and not yet cached: the root, and a leaf that was accepted before it.
