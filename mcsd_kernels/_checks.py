@@ -16,7 +16,13 @@ def tensor(name: str, value: Any, shape: Sequence[int | None], dtypes: Sequence[
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
     got = value.shape
-    if len(got) != len(shape) or not all(w is None or w == s for w, s in zip(shape, got, strict=True)):
+    fits = len(got) == len(shape)
+    if fits:
+        for w, size in zip(shape, got, strict=True):
+            if w is not None and w != size:
+                fits = False
+                break
+    if not fits:
         text = ", ".join("any" if w is None else str(w) for w in shape)
         raise ValueError(f"{name}: expected shape [{text}], got {list(value.shape)}")
     if value.dtype not in dtypes:

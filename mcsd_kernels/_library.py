@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -31,13 +31,16 @@ def operator(schema: str, implementation: Callable[..., Any], fake: Callable[...
     return call
 
 
-def _plain(arguments: tuple[Any, ...]) -> bool:
+def _plain(arguments: Iterable[Any]) -> bool:
     """Whether every tensor is an ordinary one, with data, that wants no gradient."""
     for argument in arguments:
-        if isinstance(argument, torch.Tensor) and (
-            type(argument) is not torch.Tensor or argument.requires_grad or argument.is_meta
-        ):
-            return False
-        if type(argument) is list and not _plain(tuple(argument)):
+        kind = type(argument)
+        if kind is torch.Tensor:
+            if argument.requires_grad or argument.is_meta:
+                return False
+        elif kind is list:
+            if any(x is not None and type(x) is not float and not _plain((x,)) for x in argument):
+                return False
+        elif isinstance(argument, torch.Tensor):
             return False
     return True
