@@ -19,7 +19,8 @@ def operator(schema: str, implementation: Callable[..., Any], fake: Callable[...
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    # no gradient flows through a decision, and none through attention that exists for decoding
+    _LIBRARY.impl(name, torch.no_grad()(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"mcsd_kernels::{name}", fake, lib=_LIBRARY)
     packet: Callable[..., Any] = getattr(torch.ops.mcsd_kernels, name).default
 

@@ -129,7 +129,8 @@ def buffers(rows: int, vocab: int, device: torch.device) -> Buffers:
     """Buffers of at least so many rows; the next call on this thread gets the same memory."""
     kept: Buffers | None = getattr(_kept, "buffers", None)
     if kept is None or kept.p.shape[1] != vocab or kept.p.shape[0] < rows or kept.p.device != device:
-        kept = _kept.buffers = Buffers(rows, vocab, device)
+        with torch.inference_mode(False):  # what is made inside inference mode could not be written outside it
+            kept = _kept.buffers = Buffers(rows, vocab, device)
     return kept
 
 

@@ -41,7 +41,7 @@ class _Logits:
         return self.logits[torch.from_numpy(self.rows[requests, nodes].astype(np.int64)).to(device)]
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def _topology(parents: tuple[int, ...]) -> list[list[int]] | None:
     """Each node's children in draw order, None if the parents describe no tree; the same trees come again and again."""
     children: list[list[int]] = [[] for _ in parents]

@@ -344,3 +344,22 @@ def test_meta_tensors(function: Callable[..., Any], arguments: Callable[[], Argu
     found = changed(function, inputs, function(**inputs))
     for a, b in zip(found, wanted, strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.is_meta
+
+
+@pytest.mark.parametrize("vocab", [50, 9000], ids=["short-rows", "long-rows"])
+def test_inference_mode_and_gradients_do_not_matter(vocab: int) -> None:
+    """A buffer made in inference mode must serve a later call outside it, and logits may want a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, vocab, generator=generator)
+    tokens, parents, seeds = torch.tensor([[0, 1, 2]] * 2), torch.tensor([-1, 0, 0]), torch.arange(2)
+    uniforms = draw_uniforms(seeds, 0, 5)
+
+    def both(target: torch.Tensor) -> list[torch.Tensor]:
+        drawn = draw_candidates(target[:, 0], 2, seeds, 0)
+        return [*verify(target, target.detach() + 1, tokens, parents, uniforms), drawn]
+
+    with torch.inference_mode():
+        inside = both(logits)
+    for outside in (both(logits), both(logits.clone().requires_grad_())):
+        for a, b in zip(inside, outside, strict=True):
+            assert torch.equal(a, b)
