@@ -13,6 +13,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaL
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from mcsd_kernels import SamplingParams, Status, Verified, ancestor_bits, draw_uniforms, verify
+from mcsd_kernels import _checks as check
 from mcsd_kernels.verify import PROPOSALS, RULES
 
 from .checking import require
@@ -105,13 +106,13 @@ def generate(
 
     Source: Yang et al., arXiv 2401.06706.
     """
-    _choose("attention", attention, ATTENTION)
+    check.choice("attention", attention, ATTENTION)
     require("target", target, attention)
     prompts = _prompts(target, input_ids, attention_mask)
     batch = len(prompts)
     drafter = _drafter(target, draft, branching, proposal, attention, temperature)
     sampling = _sampling(temperature, top_k, top_p, min_p, input_ids.device)
-    _choose("rule", rule, RULES)
+    check.choice("rule", rule, RULES)
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected a whole number >= 1, got {max_new_tokens!r}")
     if streamer is not None and batch > 1:
@@ -395,7 +396,7 @@ def _drafter(
     """What `draft` stands for."""
     branching = check_branching(branching)
     if proposal is not None:
-        _choose("proposal", proposal, PROPOSALS)
+        check.choice("proposal", proposal, PROPOSALS)
     if isinstance(draft, str) and draft == "ngram":
         draft = NgramDrafter(continuations=branching[0])
     if isinstance(draft, PreTrainedModel):
@@ -408,7 +409,7 @@ def _drafter(
     if isinstance(draft, type) or not hasattr(draft, "propose"):
         raise ValueError(f'draft: expected a model, a Drafter object or "ngram", got {draft!r}')
     own = getattr(draft, "proposal", "point")
-    _choose("draft.proposal", own, PROPOSALS)
+    check.choice("draft.proposal", own, PROPOSALS)
     if proposal is not None and proposal != own:
         raise ValueError(f"proposal: expected this drafter's own, {own!r}, or None, got {proposal!r}")
     return draft if isinstance(draft, Drafter) else Adapter(draft)
@@ -432,11 +433,6 @@ def _list_of(kind: Any, value: Any) -> Any:
     if value is None:
         return kind()
     return value if isinstance(value, kind) else kind(value if isinstance(value, (list, tuple)) else [value])
-
-
-def _choose(name: str, value: Any, options: Sequence[str]) -> None:
-    if value not in options:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
 
 
 def _bar(total: int) -> Any:

@@ -60,9 +60,8 @@ def _draw(logits: torch.Tensor, k: int, coins: list[list[list[float]]], proposal
         return tokens
     weights = room.weights[:rows]
     weights[:, :vocab].copy_(law)
-    inside = host(
-        rows_torch.draw_blocks(weights)
-    )  # the same memory on the CPU, a copy from elsewhere; either way nothing goes back
+    # the same memory on the CPU, a copy from elsewhere; either way nothing goes back
+    inside = host(rows_torch.draw_blocks(weights))
     for row, pairs in enumerate(coins):
         for token in tokens[row, :certain].tolist():
             if token >= 0:

@@ -70,7 +70,8 @@ class ModelDrafter(Drafter):
                     root,
                     offset=first,
                 )
-            drawn_from[:, first:after] = logits
+            if self.proposal != "point":  # nobody asks what those were drawn from
+                drawn_from[:, first:after] = logits
             children = draw_candidates(
                 logits.reshape(-1, logits.shape[-1]),
                 width,
