@@ -171,6 +171,27 @@ def law(logits: torch.Tensor, sampling: Sampling, buffer: torch.Tensor, slots: l
     return status
 
 
+def masked(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """`[rows, vocab]` f32: the logits, -inf where a token's bit is not set; token v has bit v % 32 of word v // 32."""
+    bits = words[:, :, None] >> torch.arange(32, device=words.device, dtype=torch.int32) & 1
+    return logits.float().masked_fill(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
+
+
+def scatter(laws: torch.Tensor, ids: torch.Tensor, buffer: torch.Tensor, slots: list[int] | None) -> None:
+    """Write laws over some tokens as laws over all of them.
+
+    Args:
+        laws: `[rows, columns]` f32.
+        ids: `[columns]` int64, each column's token.
+        buffer, slots: as in `law`.
+    """
+    if slots is None:
+        buffer[: len(laws)].zero_().index_add_(1, ids, laws)
+    else:
+        rows = buffer.new_zeros(len(laws), buffer.shape[1]).index_add_(1, ids, laws)
+        buffer.index_copy_(0, torch.tensor(slots, device=buffer.device), rows)
+
+
 def _broken(laws: torch.Tensor, logits: torch.Tensor) -> list[Status] | None:
     """Find the rows that softmax has turned into NaN, and clear them so that they can spoil no sum."""
     first = host(laws[:, 0])

@@ -45,6 +45,8 @@ class Enter(NamedTuple):
 
 
 Child = tuple[int, int]  # node id, token or MISSING
+Siblings = list[tuple[Child, float, float]]  # each with p and q at its token
+Offer = tuple[int, int, float]  # node id, token, and what is left of p there
 Step = Generator[Rows | Mass | Draw | Enter, Any, Any]
 
 
@@ -56,20 +58,33 @@ class Tree:
             all are missing.
         uniforms: `nodes + 2` numbers; entry i is node i's coin.
         is_virtual: node -> whether it has no target row.
+        is_point: node -> whether it was chosen, not drawn, though its proposal draws; None: no node was.
     """
 
     def __init__(
-        self, children: Callable[[int, int], list[Child]], uniforms: list[float], is_virtual: Callable[[int], bool]
+        self,
+        children: Callable[[int, int], list[Child]],
+        uniforms: list[float],
+        is_virtual: Callable[[int], bool],
+        is_point: Callable[[int], bool] | None = None,
     ) -> None:
-        self.children, self.uniforms, self.is_virtual = children, uniforms, is_virtual
+        self.children, self.uniforms, self.is_virtual, self.is_point = children, uniforms, is_virtual, is_point
         self.path = [0]
+
+    def split(self, siblings: list[Child], p: list[float], q: list[float]) -> tuple[Siblings, Siblings]:
+        """The siblings that were drawn, and those that were chosen, whose turn comes after them."""
+        every = list(zip(siblings, p, q, strict=True))
+        if self.is_point is None:
+            return every, []
+        chosen = [s for s in every if self.is_point(s[0][0])]
+        return [s for s in every if not self.is_point(s[0][0])], chosen
 
 
 def recursive(tree: Tree, proposal: str) -> Step:
     """Top down: test the children of the current node in turn; move to the one accepted, or draw and stop.
 
     Returns:
-        the last token; `tree.path` holds the accepted nodes.
+        the last token, None where a final draw found no mass; `tree.path` holds the accepted nodes.
     """
     test = _RECURSIVE[proposal]
     node = 0
@@ -78,73 +93,77 @@ def recursive(tree: Tree, proposal: str) -> Step:
         p, q = yield Rows(node, [token for _, token in siblings])
         if not siblings:
             return (yield Draw(1.0, 0.0))
-        chosen = yield from test(tree.uniforms, siblings, p, q)
-        if isinstance(chosen, int):
-            return chosen
-        node, token = chosen
+        verdict = yield from test(tree.uniforms, *tree.split(siblings, p, q))
+        if not isinstance(verdict, tuple):
+            return verdict
+        node, token = verdict
         if tree.is_virtual(node):
             return token
         tree.path.append(node)
 
 
-def _test_without_replacement(u: list[float], siblings: list[Child], p: list[float], q: list[float]) -> Step:
-    return (yield from _test_drawn(u, siblings, p, q, False))
+def _test_without_replacement(u: list[float], drawn: Siblings, chosen: Siblings) -> Step:
+    return (yield from _test_drawn(u, drawn, chosen, False))
 
 
-def _test_with_replacement(u: list[float], siblings: list[Child], p: list[float], q: list[float]) -> Step:
-    return (yield from _test_drawn(u, siblings, p, q, True))
+def _test_with_replacement(u: list[float], drawn: Siblings, chosen: Siblings) -> Step:
+    return (yield from _test_drawn(u, drawn, chosen, True))
 
 
-def _test_drawn(u: list[float], siblings: list[Child], p: list[float], q: list[float], replaced: bool) -> Step:
+def _test_drawn(u: list[float], drawn: Siblings, chosen: Siblings, replaced: bool) -> Step:
     """The accepted child, or the token drawn after all were rejected."""
     beta, S, Z = 0.0, 1.0, 1.0
     tried: list[int] = []
-    for i, (node, x) in enumerate(siblings):
+    for i, ((node, x), p, q) in enumerate(drawn):
         if x == MISSING:
             continue
-        if u[node] * q[i] * S < max(p[i] - beta * q[i], 0.0) * Z:
+        if u[node] * q * S < max(p - beta * q, 0.0) * Z:
             return node, x
         next_beta = beta + S / Z
         next_S = yield Mass(1.0, next_beta)
         if next_S <= 0.0:  # rounding, or a token that cannot have been drawn
-            if p[i] > 0.0:
+            if p > 0.0:
                 return node, x
             continue
         beta, S = next_beta, next_S
         if not replaced:
             tried.append(x)
-            Z -= q[i]
-            if Z < _SMALL_DRAFT_MASS and i + 1 < len(siblings):
+            Z -= q
+            if Z < _SMALL_DRAFT_MASS and i + 1 < len(drawn):
                 Z = yield Mass(0.0, -1.0, tuple(tried))
                 if Z <= 0.0:
                     break
-    return (yield Draw(1.0, beta))
+    if not chosen:
+        return (yield Draw(1.0, beta))
+    return (yield from _spend(u, _offers(chosen, 1.0, beta), S, Draw(1.0, beta), None))
 
 
-def _test_point(u: list[float], siblings: list[Child], p: list[float], q: list[float]) -> Step:
+def _test_point(u: list[float], drawn: Siblings, chosen: Siblings) -> Step:
     """Deterministic children: each is offered its own mass."""
-    return (yield from _spend(u, _distinct(siblings, p), 1.0, Draw(1.0, 0.0), None))
+    return (yield from _spend(u, _offers(drawn, 1.0, 0.0), 1.0, Draw(1.0, 0.0), None))
 
 
-def _test_greedy(u: list[float], siblings: list[Child], p: list[float], q: list[float]) -> Step:
+def _test_greedy(u: list[float], drawn: Siblings, chosen: Siblings) -> Step:
     """The drawn child first, then the most probable ones, each of which is offered its own mass."""
-    top = _distinct(siblings[:-1], p)
+    top = _offers(drawn[:-1], 1.0, 0.0)
     T = tuple(x for _, x, _ in top)
-    (node, x), px, qx = siblings[-1], p[-1], q[-1]
     beta, tested = 0.0, None
-    if x != MISSING:
+    for (node, x), p, q in drawn[-1:]:
+        if x == MISSING:
+            continue
         beta = yield from _inverse_mass(T)
         if x not in T:
-            if u[node] * qx * beta < px:
+            if u[node] * q * beta < p:
                 return node, x
-            tested = (node, x) if px > 0.0 else None
+            tested = (node, x) if p > 0.0 else None
     R = yield Mass(1.0, beta, T)
-    left = sum(pt for _, _, pt in top) + R
+    left = sum(share for _, _, share in top) + R
     if left <= 0.0:
         if tested:
             return tested
         beta, left = 0.0, 1.0
-    return (yield from _spend(u, top, left, Draw(1.0, beta, T), tested))
+    offers = top + _offers(chosen, 1.0, beta, T)
+    return (yield from _spend(u, offers, left, Draw(1.0, beta), tested))
 
 
 def _inverse_mass(T: tuple[int, ...]) -> Step:
@@ -153,18 +172,16 @@ def _inverse_mass(T: tuple[int, ...]) -> Step:
     return 1.0 / mass if mass > 0.0 else 0.0
 
 
-def _distinct(siblings: list[Child], p: list[float]) -> list[tuple[int, int, float]]:
-    """(node, token, p) of the siblings that are there and repeat no earlier one."""
-    found: dict[int, tuple[int, int, float]] = {}
-    for (node, x), px in zip(siblings, p, strict=False):
-        if x != MISSING:
-            found.setdefault(x, (node, x, px))
+def _offers(siblings: Siblings, w: float, beta: float, without: tuple[int, ...] = ()) -> list[Offer]:
+    """(w p - beta q)_+ at each sibling that is there and repeats neither an earlier one nor a token in `without`."""
+    found: dict[int, Offer] = {}
+    for (node, x), p, q in siblings:
+        if x != MISSING and x not in without:
+            found.setdefault(x, (node, x, max(w * p - beta * q, 0.0)))
     return list(found.values())
 
 
-def _spend(
-    u: list[float], offers: list[tuple[int, int, float]], left: float, final: Draw, tested: Child | None
-) -> Step:
+def _spend(u: list[float], offers: list[Offer], left: float, final: Draw, tested: Child | None) -> Step:
     """Offer each candidate its share of what is `left`; a refused share is gone. At the end, the final draw."""
     for node, x, share in offers:
         if u[node] * left < share:
@@ -174,12 +191,11 @@ def _spend(
             if left - share <= 0.0:
                 return tested
             left -= share
-    without = tuple(x for _, x, _ in offers)
-    token = yield final._replace(without=without)
+    token = yield final._replace(without=tuple(x for _, x, _ in offers))
     return tested if token is None else token
 
 
-_RECURSIVE: dict[str, Callable[[list[float], list[Child], list[float], list[float]], Step]] = {
+_RECURSIVE: dict[str, Callable[[list[float], Siblings, Siblings], Step]] = {
     "without_replacement": _test_without_replacement,
     "with_replacement": _test_with_replacement,
     "greedy": _test_greedy,
@@ -218,22 +234,23 @@ def _visit(tree: Tree, proposal: str, enter: Enter) -> Step:
     path, w = enter
     siblings = tree.children(path[-1], len(path) - 1)
     rows = Rows(path[-1], [token for _, token in siblings])
-    visit = _Visit(tree, path, w, siblings, rows)
+    visit = _Visit(tree, path, w, rows)
     p, q = yield rows
     if not siblings:
         return (yield from visit.stop(1.0, w, Draw(1.0, 0.0), None))
+    drawn, chosen = tree.split(siblings, p, q)
     if proposal == "point":
-        return (yield from visit.offer(_distinct(siblings, p), 1.0, 0.0, None))
+        return (yield from visit.offer(_offers(drawn, w, 0.0), 1.0, Draw(w, 0.0), None))
     if proposal == "greedy":
-        return (yield from _visit_greedy(visit, p, q))
-    return (yield from _visit_drawn(visit, p, q, proposal == "with_replacement"))
+        return (yield from _visit_greedy(visit, drawn, chosen))
+    return (yield from _visit_drawn(visit, drawn, chosen, proposal == "with_replacement"))
 
 
 class _Visit:
     """One node entered with weight w: its children, and the two things that can end there."""
 
-    def __init__(self, tree: Tree, path: list[int], w: float, siblings: list[Child], rows: Rows) -> None:
-        self.tree, self.path, self.w, self.siblings, self.rows = tree, path, w, siblings, rows
+    def __init__(self, tree: Tree, path: list[int], w: float, rows: Rows) -> None:
+        self.tree, self.path, self.w, self.rows = tree, path, w, rows
 
     def enter(self, child: Child, scale: float, mass: float) -> Step:
         """Enter a child with weight min(1, mass / scale); None: it failed, and this node's rows are loaded again."""
@@ -260,30 +277,29 @@ class _Visit:
         token = yield final
         return tested[1] if token is None and tested else token
 
-    def offer(self, offers: list[tuple[int, int, float]], left: float, beta: float, tested: Child | None) -> Step:
-        """Offer each candidate its share of what is `left`, then stop with what remains of p."""
-        for node, x, px in offers:
-            share = self.w * px
+    def offer(self, offers: list[Offer], left: float, final: Draw, tested: Child | None, kappa: float = 1.0) -> Step:
+        """Offer each candidate its share of what is `left`, then stop with what remains: kappa times the final mass."""
+        for node, x, share in offers:
             token = yield from self.enter((node, x), left, share)
             if token is not None:
                 return token
-            if px > 0.0:
+            if share > 0.0:
                 tested = node, x
             if left - share > 0.0:
                 left -= share
-        final = Draw(self.w, beta, tuple(x for _, x, _ in offers))
-        R = yield Mass(*final)
+        final = final._replace(without=tuple(x for _, x, _ in offers))
+        R = kappa * (yield Mass(*final))
         return (yield from self.stop(left, R, final, tested))
 
 
-def _visit_drawn(visit: _Visit, p: list[float], q: list[float], replaced: bool) -> Step:
+def _visit_drawn(visit: _Visit, drawn: Siblings, chosen: Siblings, replaced: bool) -> Step:
     w = visit.w
     beta, kappa, Z, c = 0.0, 1.0, 1.0, w
     tried: list[int] = []
-    for i, (node, x) in enumerate(visit.siblings):
+    for i, ((node, x), p, q) in enumerate(drawn):
         if x == MISSING:
             continue
-        token = yield from visit.enter((node, x), q[i], kappa * max(w * p[i] - beta * q[i], 0.0) * Z)
+        token = yield from visit.enter((node, x), q, kappa * max(w * p - beta * q, 0.0) * Z)
         if token is not None:
             return token
         next_beta = beta + 1.0 / (kappa * Z)
@@ -294,31 +310,36 @@ def _visit_drawn(visit: _Visit, p: list[float], q: list[float], replaced: bool) 
         beta, kappa, c = next_beta, kappa / rest, s / rest
         if not replaced:
             tried.append(x)
-            Z -= q[i]
-            if Z < _SMALL_DRAFT_MASS and i + 1 < len(visit.siblings):
+            Z -= q
+            if Z < _SMALL_DRAFT_MASS and i + 1 < len(drawn):
                 Z = yield Mass(0.0, -1.0, tuple(tried))
                 if Z <= 0.0:
                     break
-    return (yield from visit.stop(1.0, c, Draw(w, beta), None))
+    if not chosen:
+        return (yield from visit.stop(1.0, c, Draw(w, beta), None))
+    offers = [(node, x, kappa * share) for node, x, share in _offers(chosen, w, beta)]
+    return (yield from visit.offer(offers, 1.0, Draw(w, beta), None, kappa))
 
 
-def _visit_greedy(visit: _Visit, p: list[float], q: list[float]) -> Step:
+def _visit_greedy(visit: _Visit, drawn: Siblings, chosen: Siblings) -> Step:
     w = visit.w
-    top = _distinct(visit.siblings[:-1], p)
+    top = _offers(drawn[:-1], w, 0.0)
     T = tuple(x for _, x, _ in top)
-    (node, x), px, qx = visit.siblings[-1], p[-1], q[-1]
     beta, tested = 0.0, None
-    if x != MISSING:
+    for (node, x), p, q in drawn[-1:]:
+        if x == MISSING:
+            continue
         beta = yield from _inverse_mass(T)
         if x not in T:
-            token = yield from visit.enter((node, x), qx * beta, w * px)
+            token = yield from visit.enter((node, x), q * beta, w * p)
             if token is not None:
                 return token
-            tested = (node, x) if px > 0.0 else None
-    left = (1.0 - w) + w * sum(pt for _, _, pt in top) + (yield Mass(w, beta, T))
+            tested = (node, x) if p > 0.0 else None
+    left = (1.0 - w) + sum(share for _, _, share in top) + (yield Mass(w, beta, T))
     if left <= 0.0:
         beta, left = 0.0, 1.0
-    return (yield from visit.offer(top, left, beta, tested))
+    offers = top + _offers(chosen, w, beta, T)
+    return (yield from visit.offer(offers, left, Draw(w, beta), tested))
 
 
 # a child entered with less than this share would be accepted less than once in 1e30 visits

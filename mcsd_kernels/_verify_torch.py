@@ -18,27 +18,82 @@ from ._rows_torch import Array, Sampling, host
 from .types import PLACEHOLDER, Status
 
 
-class _Logits:
-    """One side's logits: row lookup by (request, node), dense or through a row index."""
+class _Side:
+    """The target's or the draft's rows: where a node's row is, and how it becomes a law over the target's vocabulary.
 
-    def __init__(self, logits: torch.Tensor, rows: torch.Tensor | None) -> None:
-        self.logits = logits
+    Args:
+        values: `[batch, nodes, columns]`, or `[rows, columns]` with `rows`.
+        rows: `[batch, nodes]`, the row of each node.
+        sampling: what turns logits into laws; None: the values are laws already.
+        vocab: tokens of the target.
+        bitmask: `[batch, nodes, words]` int32, the tokens allowed after each node.
+        ids: `[columns]` int64, each column's token where the columns are not the target's vocabulary.
+    """
+
+    def __init__(
+        self,
+        values: torch.Tensor,
+        rows: torch.Tensor | None,
+        sampling: Sampling | None,
+        vocab: int,
+        bitmask: torch.Tensor | None = None,
+        ids: torch.Tensor | None = None,
+    ) -> None:
+        self.values, self.sampling, self.vocab, self.bitmask = values, sampling, vocab, bitmask
         self.rows = None if rows is None else host(rows)
+        self.ids: torch.Tensor | None = None
+        if ids is not None:
+            inside = ids.numel() == 0 or 0 <= int(ids.min()) <= int(ids.max()) < vocab
+            self.known = None if inside else ids.ge(0) & ids.lt(vocab)
+            self.ids = ids if self.known is None else torch.where(self.known, ids, 0)
 
     def row(self, request: int, node: int) -> torch.Tensor:
-        """`[1, vocab]`, a view."""
+        """`[1, columns]`, a view."""
         if self.rows is None:
-            return self.logits.select(0, request).narrow(0, node, 1)
-        return self.logits.narrow(0, self.rows.item(request, node), 1)
+            return self.values.select(0, request).narrow(0, node, 1)
+        return self.values.narrow(0, self.rows.item(request, node), 1)
 
     def take(self, requests: list[int], nodes: list[int]) -> torch.Tensor:
-        """`[len(requests), vocab]`; a single row comes as a view."""
+        """`[len(requests), columns]`; a single row comes as a view."""
         if len(requests) == 1:
             return self.row(requests[0], nodes[0])
-        device = self.logits.device
+        device = self.values.device
         if self.rows is None:
-            return self.logits[torch.tensor(requests, device=device), torch.tensor(nodes, device=device)]
-        return self.logits[torch.from_numpy(self.rows[requests, nodes].astype(np.int64)).to(device)]
+            return self.values[torch.tensor(requests, device=device), torch.tensor(nodes, device=device)]
+        return self.values[torch.from_numpy(self.rows[requests, nodes].astype(np.int64)).to(device)]
+
+    def load(
+        self, requests: list[int], nodes: list[int], buffer: torch.Tensor, slots: list[int] | None
+    ) -> list[Status] | None:
+        """Write the laws after some nodes into the buffer; arguments and result as in `rows_torch.law`."""
+        values = self.take(requests, nodes)
+        if self.ids is not None:
+            laws = values.new_empty(values.shape, dtype=torch.float32)
+            status = self._law(values, requests, laws, None)
+            if self.known is not None:  # a column of no token holds mass that no candidate can claim
+                laws = laws * self.known
+            rows_torch.scatter(laws, self.ids, buffer, slots)
+            return status
+        if self.bitmask is not None:
+            at = torch.tensor(requests, device=values.device), torch.tensor(nodes, device=values.device)
+            values = rows_torch.masked(values, self.bitmask[at])
+        return self._law(values, requests, buffer, slots)
+
+    def _law(
+        self, values: torch.Tensor, requests: list[int], buffer: torch.Tensor, slots: list[int] | None
+    ) -> list[Status] | None:
+        if self.sampling is not None:
+            return rows_torch.law(values, self.sampling.take(requests), buffer, slots)
+        if slots is None:
+            buffer[: len(values)].copy_(values)
+        else:
+            buffer.index_copy_(0, torch.tensor(slots, device=buffer.device), values.float())
+        return None
+
+    @property
+    def as_they_are(self) -> bool:
+        """Whether the values can be read as laws where they lie."""
+        return self.sampling is None and self.ids is None and self.values.dtype == torch.float32
 
 
 @lru_cache(maxsize=256)
@@ -61,21 +116,20 @@ class _Batch:
 
     def __init__(
         self,
-        target: _Logits,
-        draft: _Logits | None,
+        target: _Side,
+        draft: _Side | None,
         tokens: torch.Tensor,
         parents: torch.Tensor,
         uniforms: torch.Tensor,
-        sampling: Sampling,
-        draft_sampling: Sampling,
+        point_nodes: torch.Tensor | None,
         max_depth: int,
     ) -> None:
         self.target, self.draft = target, draft
-        self.sampling, self.draft_sampling = sampling, draft_sampling
         self.max_depth = max_depth
+        self.points = None if point_nodes is None else np.broadcast_to(host(point_nodes), tokens.shape)
         self.tokens, self.uniforms = host(tokens), host(uniforms)
         self._token_lists: list[list[int]] = self.tokens.tolist()
-        self.vocab = target.logits.shape[-1]
+        self.vocab = target.vocab
         rows = host(parents).tolist()
         rows = [rows] if parents.dim() == 1 else rows
         self._topologies = [_topology(tuple(row)) for row in rows]
@@ -100,7 +154,8 @@ class _Batch:
         def is_virtual(node: int) -> bool:
             return rows is not None and bool(rows[request, node] < 0)
 
-        return rules.Tree(children, self.uniforms[request].tolist(), is_virtual)
+        is_point = None if self.points is None else self.points[request].item
+        return rules.Tree(children, self.uniforms[request].tolist(), is_virtual, is_point)
 
     def faults(self) -> Array | None:
         """`[batch]` int32: the status bits that need no row; None if there are none at all."""
@@ -115,7 +170,7 @@ class _Batch:
             found.append((Status.BAD_TREE, [self.topology(request) is None for request in range(batch)]))
         for side, lowest in ((self.target, -1), (self.draft, 0)):
             if side is not None and side.rows is not None:
-                outside = (side.rows < lowest) | (side.rows >= side.logits.shape[0])
+                outside = (side.rows < lowest) | (side.rows >= side.values.shape[0])
                 if side is self.target:
                     outside = outside & self._in_use()
                     outside[:, 0] |= side.rows[:, 0] < 0  # the root cannot be virtual
@@ -126,9 +181,9 @@ class _Batch:
         # as unsigned words, the numbers in [0, 1) are the smallest
         if uniforms.view(np.uint32).max() >= _ONE:
             found.append((Status.BAD_UNIFORM, ~((uniforms >= 0) & (uniforms < 1)).all(1)))
-        found.append((Status.BAD_SAMPLING, self.sampling.out_of_range()))
-        if self.draft is not None:
-            found.append((Status.BAD_SAMPLING, self.draft_sampling.out_of_range()))
+        for side in (self.target, self.draft):
+            if side is not None and side.sampling is not None:
+                found.append((Status.BAD_SAMPLING, side.sampling.out_of_range()))
         found = [(bit, where) for bit, where in found if where is not False]
         if not found:
             return None
@@ -166,8 +221,10 @@ class _Outputs:
         self.status = status
         self._tokens = tokens
 
-    def end(self, request: int, path: list[int], token: int, status: int = 0) -> None:
-        """The request has accepted `path` and emits `token` last."""
+    def end(self, request: int, path: list[int], token: int | None, status: int = 0) -> None:
+        """The request has accepted `path` and emits `token` last; None: there was no mass to draw it from."""
+        if token is None:
+            token, status = PLACEHOLDER, int(Status.EMPTY_ROW)
         last = len(path) - 1
         if last:
             self.path[request, : last + 1] = path
@@ -213,39 +270,41 @@ class _Alone:
                 if kind is rules.Rows:
                     held = None
                     answer = self._rows(walk.request, wants)
-                    if isinstance(answer, Status):
-                        return outputs.end(walk.request, walk.tree.path, PLACEHOLDER, int(answer))
                 else:
                     if held != wants:
-                        self._fill(wants)
+                        rows_torch.fill(self.p[0], self.q[0], wants, self.room.weights_row)
+                        torch.sum(self.room.first_blocks, -1, out=self.room.first_masses)
                         held = wants
                     if kind is rules.Mass:
                         masses = self.room.on_host[0] if self.room.on_host else host(self.room.first_masses)
                         answer = float(masses.sum()) * (wants.w or 1.0)
+                        if answer != answer:
+                            answer = Status.NAN_ROW
                     else:
                         u = walk.tree.uniforms
                         answer = self.room.draw(u[-2], u[-1])
+                if isinstance(answer, Status):
+                    return outputs.end(walk.request, walk.tree.path, PLACEHOLDER, int(answer))
                 wants = send(answer)
         except StopIteration as stop:
             outputs.end(walk.request, walk.tree.path, stop.value)
 
     def _rows(self, request: int, wants: rules.Rows) -> tuple[list[float], list[float]] | Status:
-        batch, node, tokens = self.batch, wants.node, wants.tokens
-        status = rows_torch.law(batch.target.row(request, node), batch.sampling.take([request]), self.p, None)
-        if status:
+        target, draft, node, tokens = self.batch.target, self.batch.draft, wants.node, wants.tokens
+        if target.as_they_are:
+            self.p = target.row(request, node)
+        elif status := target.load([request], [node], self.p, None):
             return status[0]
         if not tokens:
             return [], []
         p = rows_torch.read(self.p, [0], [tokens])[0]
-        if batch.draft is None:
+        if draft is None:
             return p, p
-        status = rows_torch.law(batch.draft.row(request, node), batch.draft_sampling.take([request]), self.q, None)
-        return status[0] if status else (p, rows_torch.read(self.q, [0], [tokens])[0])
-
-    def _fill(self, wants: rules.Mass | rules.Draw) -> None:
-        room = self.room
-        rows_torch.fill(room.p_row, room.q_row, wants, room.weights_row)
-        torch.sum(room.first_blocks, -1, out=room.first_masses)
+        if draft.as_they_are:
+            self.q = draft.row(request, node)
+        elif status := draft.load([request], [node], self.q, None):
+            return status[0]
+        return p, rows_torch.read(self.q, [0], [tokens])[0]
 
 
 class _Together:
@@ -283,11 +342,11 @@ class _Together:
     def _rows(self, asking: list[_Walk]) -> list[Any]:
         """Load p, and q where there are children; answered with their values at the children's tokens."""
         self.held = []
-        broken = self._load(asking, self.p, self.batch.target, self.batch.sampling)
+        broken = self._load(asking, self.p, self.batch.target)
         if self.batch.draft is not None:
             inner = [walk for walk in asking if walk.wants.tokens and walk not in broken]
             if inner:
-                broken |= self._load(inner, self.q, self.batch.draft, self.batch.draft_sampling)
+                broken |= self._load(inner, self.q, self.batch.draft)
         slots = [walk.slot for walk in asking]
         tokens = [walk.wants.tokens for walk in asking]
         p = rows_torch.read(self.p, slots, tokens)
@@ -295,19 +354,18 @@ class _Together:
         answers: list[Any] = list(zip(p, q, strict=True))
         return [broken.get(w, a) for w, a in zip(asking, answers, strict=True)] if broken else answers
 
-    def _load(
-        self, asking: list[_Walk], buffer: torch.Tensor, side: _Logits, sampling: Sampling
-    ) -> dict[_Walk, Status]:
-        requests = [walk.request for walk in asking]
-        logits = side.take(requests, [walk.wants.node for walk in asking])
+    def _load(self, asking: list[_Walk], buffer: torch.Tensor, side: _Side) -> dict[_Walk, Status]:
         some = None if len(asking) == len(self.walks) else [walk.slot for walk in asking]
-        status = rows_torch.law(logits, sampling.take(requests), buffer, some)
+        status = side.load([walk.request for walk in asking], [walk.wants.node for walk in asking], buffer, some)
         return {walk: bits for walk, bits in zip(asking, status, strict=True) if bits} if status else {}
 
-    def _mass(self, asking: list[_Walk]) -> list[float]:
+    def _mass(self, asking: list[_Walk]) -> list[float | Status]:
         total: list[float] = self._fill(asking).sum(1).tolist()
         # the buffer holds (p - beta / w q)_+, or q itself
-        return [mass * (walk.wants.w or 1.0) for mass, walk in zip(total, asking, strict=True)]
+        return [
+            Status.NAN_ROW if mass != mass else mass * (walk.wants.w or 1.0)
+            for mass, walk in zip(total, asking, strict=True)
+        ]
 
     def _draw(self, asking: list[_Walk]) -> list[int | None]:
         if self.held != [(walk.slot, walk.wants) for walk in asking]:
@@ -339,39 +397,45 @@ def verify(
     proposal: str,
     rule: str,
     max_depth: int,
+    inputs: str,
+    draft_inputs: str,
+    point_nodes: torch.Tensor | None,
+    bitmask: torch.Tensor | None,
+    draft_ids: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The operator behind `mcsd_kernels.verify`; arguments as there, already checked."""
-    batch = tokens.shape[0]
-    inputs = _Batch(
-        _Logits(target_logits, target_rows),
-        None if draft_logits is None else _Logits(draft_logits, draft_rows),
+    batch, vocab = tokens.shape[0], target_logits.shape[-1]
+    target_law = Sampling.on_host(sampling, sampling_tensors, batch) if inputs == "logits" else None
+    draft_law = Sampling.on_host(draft_sampling, draft_sampling_tensors, batch) if draft_inputs == "logits" else None
+    work = _Batch(
+        _Side(target_logits, target_rows, target_law, vocab, bitmask=bitmask),
+        None if draft_logits is None else _Side(draft_logits, draft_rows, draft_law, vocab, ids=draft_ids),
         tokens,
         parents,
         uniforms,
-        Sampling.on_host(sampling, sampling_tensors, batch),
-        Sampling.on_host(draft_sampling, draft_sampling_tensors, batch),
+        point_nodes,
         max_depth,
     )
     program = rules.RULES[rule]
-    faults = inputs.faults()
-    outputs = _Outputs(batch, max_depth + 1, inputs.tokens, np.zeros(batch, np.int32) if faults is None else faults)
+    faults = work.faults()
+    outputs = _Outputs(batch, max_depth + 1, work.tokens, np.zeros(batch, np.int32) if faults is None else faults)
     todo = list(range(batch))
     if faults is not None:
         refused = faults & ~int(Status.BAD_TOKEN) != 0
         outputs.emitted[refused, 0] = PLACEHOLDER
         todo = np.flatnonzero(~refused).tolist()
-    step = rows_torch.chunk_rows(inputs.vocab)
+    step = rows_torch.chunk_rows(work.vocab)
     device = target_logits.device
     if step == 1:
-        alone = _Alone(inputs, rows_torch.buffers(1, inputs.vocab, device))
+        alone = _Alone(work, rows_torch.buffers(1, work.vocab, device))
         for request in todo:
-            tree = inputs.tree(request)
+            tree = work.tree(request)
             alone.run(_Walk(request, tree, program(tree, proposal)), outputs)
         return outputs.tensors(device)
     for start in range(0, len(todo), step):
         walks = []
         for slot, request in enumerate(todo[start : start + step]):
-            tree = inputs.tree(request)
+            tree = work.tree(request)
             walks.append(_Walk(request, tree, program(tree, proposal), slot))
-        _Together(inputs, walks, rows_torch.buffers(len(walks), inputs.vocab, device)).run(outputs)
+        _Together(work, walks, rows_torch.buffers(len(walks), work.vocab, device)).run(outputs)
     return outputs.tensors(device)

@@ -181,11 +181,19 @@ def _first_above(masses: Law, u: float) -> int:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A child of the current node: its node id, its token or `MISSING`, and whether it is virtual (has no row)."""
+    """A child of the current node.
+
+    Args:
+        node: its id.
+        token: its token, or `MISSING`.
+        virtual: it has no target row.
+        chosen: it was chosen, not drawn; its turn comes after the drawn ones.
+    """
 
     node: int
     token: int
     virtual: bool = False
+    chosen: bool = False
 
 
 @dataclass(frozen=True)
@@ -238,6 +246,11 @@ def _untried_mass(q: Law, tried: list[int]) -> float:
     return float(q[untried].sum())
 
 
+def _split(siblings: list[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
+    """The siblings that were drawn, and those that were chosen."""
+    return [s for s in siblings if not s.chosen], [s for s in siblings if s.chosen]
+
+
 def _less(Z: float, q: Law, tried: list[int]) -> float:
     """The draft mass that is still drawable once the last of `tried` is struck out."""
     Z -= float(q[tried[-1]])
@@ -250,16 +263,19 @@ def _without(p: Law, tokens: list[int]) -> Law:
     return rest
 
 
-def _split_greedy(q: Law, siblings: list[Candidate]) -> tuple[list[Candidate], list[int], Candidate, Law]:
-    """The most probable siblings (distinct, none missing), their tokens T, the drawn sibling, and its law q'."""
-    top: list[Candidate] = []
-    for sibling in siblings[:-1]:
-        if sibling.token != MISSING and sibling.token not in [t.token for t in top]:
-            top.append(sibling)
-    drawn, tokens = siblings[-1], [t.token for t in top]
+def _split_greedy(q: Law, siblings: list[Candidate]) -> tuple[list[Candidate], list[int], Candidate | None, Law]:
+    """The most probable siblings (distinct, none missing), their tokens T, the drawn sibling, and its law q'.
+
+    The drawn sibling is None where it is missing or repeats one of the others: it then has no turn.
+    """
+    top = _distinct(siblings[:-1])
+    tokens = [t.token for t in top]
+    drawn = siblings[-1] if siblings and siblings[-1].token != MISSING else None
     rest = _without(q, tokens)
-    # a missing last sibling says that no draw was made: the others hold all the mass there was
-    drawn_law = rest / rest.sum() if drawn.token != MISSING and rest.sum() > 0 else np.zeros_like(q)
+    # no draw was made where the others hold all the mass there was
+    drawn_law = rest / rest.sum() if drawn is not None and rest.sum() > 0 else np.zeros_like(q)
+    if drawn is not None and drawn.token in tokens:
+        drawn = None
     return top, tokens, drawn, drawn_law
 
 
@@ -310,9 +326,10 @@ def recursive(problem: Problem, coins: Coins) -> Outcome:
 def _test_drawn(p: Law, problem: Problem, node: int, siblings: list[Candidate], coins: Coins) -> Candidate | int:
     """With and without replacement: the accepted child, or the token drawn after all were rejected."""
     q = problem.draft(node)
+    drawn, chosen = _split(siblings)
     beta, S, Z = 0.0, 1.0, 1.0
     tried: list[int] = []
-    for sibling in siblings:
+    for sibling in drawn:
         x = sibling.token
         if x == MISSING:
             continue
@@ -331,17 +348,19 @@ def _test_drawn(p: Law, problem: Problem, node: int, siblings: list[Candidate], 
             Z = _less(Z, q, tried)
             if Z <= 0:
                 break
-    return coins.draw(_residual(p, q, 1.0, beta))
+    return _test_chosen(_residual(p, q, 1.0, beta), S, chosen, coins)
 
 
 def _test_point(p: Law, problem: Problem, node: int, siblings: list[Candidate], coins: Coins) -> Candidate | int:
     """Deterministic children: the accepted child, or the token drawn after all were rejected."""
-    left = 1.0
+    return _test_chosen(p, 1.0, siblings, coins)
+
+
+def _test_chosen(p: Law, left: float, siblings: list[Candidate], coins: Coins) -> Candidate | int:
+    """Each chosen sibling is offered its own share of p, a measure of mass `left`."""
     tested: list[Candidate] = []
-    for sibling in siblings:
+    for sibling in _distinct(siblings):
         x = sibling.token
-        if x == MISSING or x in [t.token for t in tested]:
-            continue
         if coins.accept(sibling.node, left, p[x]):
             return sibling
         if left - p[x] <= 0:
@@ -355,10 +374,11 @@ def _test_point(p: Law, problem: Problem, node: int, siblings: list[Candidate], 
 
 def _test_greedy(p: Law, problem: Problem, node: int, siblings: list[Candidate], coins: Coins) -> Candidate | int:
     """The most probable children and one draw: the accepted child, or the token drawn after all were rejected."""
+    siblings, chosen = _split(siblings)
     top, T, drawn, q_drawn = _split_greedy(problem.draft(node), siblings)
-    x = drawn.token
     tested: list[Candidate] = []
-    if x != MISSING and x not in T:
+    if drawn is not None:
+        x = drawn.token
         if coins.accept(drawn.node, q_drawn[x], p[x]):
             return drawn
         if p[T].sum() + _without(_residual(p, q_drawn, 1.0, 1.0), T).sum() <= 0:
@@ -366,19 +386,30 @@ def _test_greedy(p: Law, problem: Problem, node: int, siblings: list[Candidate],
                 return drawn
             q_drawn = np.zeros_like(p)
         tested.append(drawn)
-    outside = _without(_residual(p, q_drawn, 1.0, 1.0), T)
-    left = float(p[T].sum() + outside.sum())
-    for sibling in top:
+    # what is left of p: all of it at the most probable children, the residual elsewhere
+    rest = _residual(p, q_drawn, 1.0, 1.0)
+    rest[T] = p[T]
+    left = float(rest.sum())
+    for sibling in _distinct(top + chosen):
         t = sibling.token
-        if coins.accept(sibling.node, left, p[t]):
+        if coins.accept(sibling.node, left, rest[t]):
             return sibling
-        tested.append(sibling)
-        if left - p[t] <= 0:
-            if p[t] > 0:
+        if rest[t] > 0:
+            tested.append(sibling)
+            if left - rest[t] <= 0:
                 return sibling
-            continue
-        left -= p[t]
-    return _draw(outside, tested, p, coins)
+            left -= rest[t]
+        rest[t] = 0.0
+    return _draw(rest, tested, p, coins)
+
+
+def _distinct(siblings: list[Candidate]) -> list[Candidate]:
+    """Those that are there and repeat no earlier one."""
+    found: dict[int, Candidate] = {}
+    for sibling in siblings:
+        if sibling.token != MISSING:
+            found.setdefault(sibling.token, sibling)
+    return list(found.values())
 
 
 def traversal(problem: Problem, coins: Coins) -> Outcome:
@@ -438,9 +469,10 @@ def _visit_drawn(
 ) -> Outcome | None:
     """With and without replacement."""
     q = problem.draft(path[-1])
+    drawn, chosen = _split(siblings)
     beta, kappa, Z, c = 0.0, 1.0, 1.0, w
     tried: list[int] = []
-    for sibling in siblings:
+    for sibling in drawn:
         x = sibling.token
         if x == MISSING:
             continue
@@ -461,56 +493,60 @@ def _visit_drawn(
             Z = _less(Z, q, tried)
             if Z <= 0:
                 break
-    return (path, coins.draw(_residual(p, q, w, beta))) if _stops(path, 1.0, c, coins) else None
+    rest = _residual(p, q, w, beta)
+    if chosen:
+        return _visit_chosen(kappa * rest, 1.0, p, problem, path, chosen, coins)
+    return (path, coins.draw(rest)) if _stops(path, 1.0, c, coins) else None
 
 
 def _visit_point(
     p: Law, problem: Problem, path: list[int], siblings: list[Candidate], w: float, coins: Coins
 ) -> Outcome | None:
     """Deterministic children."""
-    left = 1.0
-    tested: list[Candidate] = []
-    for sibling in siblings:
-        x = sibling.token
-        if x == MISSING or x in [t.token for t in tested]:
-            continue
-        outcome = _enter_child(problem, coins, path, sibling, left, w * p[x])
-        if outcome is not None:
-            return outcome
-        if left - w * p[x] <= 0:
-            continue
-        left -= w * p[x]
-        tested.append(sibling)
-    rest = _without(w * p, [t.token for t in tested])
-    return (path, _draw(rest, tested, p, coins)) if _stops(path, left, float(rest.sum()), coins) else None
+    return _visit_chosen(w * p, 1.0, p, problem, path, siblings, coins)
 
 
 def _visit_greedy(
     p: Law, problem: Problem, path: list[int], siblings: list[Candidate], w: float, coins: Coins
 ) -> Outcome | None:
     """The most probable children and one draw."""
+    siblings, chosen = _split(siblings)
     top, T, drawn, q_drawn = _split_greedy(problem.draft(path[-1]), siblings)
-    x = drawn.token
-    tested: list[Candidate] = []
-    if x != MISSING and x not in T:
-        outcome = _enter_child(problem, coins, path, drawn, q_drawn[x], w * p[x])
+    if drawn is not None:
+        outcome = _enter_child(problem, coins, path, drawn, q_drawn[drawn.token], w * p[drawn.token])
         if outcome is not None:
             return outcome
         if _greedy_left(p, q_drawn, w, T) <= 0:
             q_drawn = np.zeros_like(p)
-        tested.append(drawn)
-    left = _greedy_left(p, q_drawn, w, T)
-    for sibling in top:
-        t = sibling.token
-        outcome = _enter_child(problem, coins, path, sibling, left, w * p[t])
+    # what is left of w p: all of it at the most probable children, the residual elsewhere
+    rest = _residual(p, q_drawn, w, 1.0)
+    rest[T] = w * p[T]
+    return _visit_chosen(rest, _greedy_left(p, q_drawn, w, T), p, problem, path, top + chosen, coins, drawn)
+
+
+def _visit_chosen(
+    rest: Law,
+    left: float,
+    p: Law,
+    problem: Problem,
+    path: list[int],
+    siblings: list[Candidate],
+    coins: Coins,
+    failed: Candidate | None = None,
+) -> Outcome | None:
+    """Each chosen sibling is offered its own share of `rest`; the part of `left` that is in no share fails back."""
+    tested = [failed] if failed is not None else []
+    siblings = _distinct(siblings)
+    for sibling in siblings:
+        share = float(rest[sibling.token])
+        outcome = _enter_child(problem, coins, path, sibling, left, share)
         if outcome is not None:
             return outcome
         tested.append(sibling)
-        if left - w * p[t] <= 0:
-            continue
-        left -= w * p[t]
-    outside = _without(_residual(p, q_drawn, w, 1.0), T)
-    return (path, _draw(outside, tested, p, coins)) if _stops(path, left, float(outside.sum()), coins) else None
+        if left - share > 0:
+            left -= share
+    rest = _without(rest, [t.token for t in siblings])
+    return (path, _draw(rest, tested, p, coins)) if _stops(path, left, float(rest.sum()), coins) else None
 
 
 def _greedy_left(p: Law, q_drawn: Law, w: float, T: list[int]) -> float:
@@ -533,6 +569,11 @@ def verify(
     target_rows: torch.Tensor | None = ...,
     draft_rows: torch.Tensor | None = ...,
     max_depth: int | None = ...,
+    inputs: str = ...,
+    draft_inputs: str | None = ...,
+    point_nodes: torch.Tensor | None = ...,
+    bitmask: torch.Tensor | None = ...,
+    draft_ids: torch.Tensor | None = ...,
     return_margin: Literal[False] = ...,
 ) -> Verified: ...
 
@@ -552,6 +593,11 @@ def verify(
     target_rows: torch.Tensor | None = ...,
     draft_rows: torch.Tensor | None = ...,
     max_depth: int | None = ...,
+    inputs: str = ...,
+    draft_inputs: str | None = ...,
+    point_nodes: torch.Tensor | None = ...,
+    bitmask: torch.Tensor | None = ...,
+    draft_ids: torch.Tensor | None = ...,
     return_margin: Literal[True],
 ) -> tuple[Verified, torch.Tensor]: ...
 
@@ -570,6 +616,11 @@ def verify(
     target_rows: torch.Tensor | None = None,
     draft_rows: torch.Tensor | None = None,
     max_depth: int | None = None,
+    inputs: str = "logits",
+    draft_inputs: str | None = None,
+    point_nodes: torch.Tensor | None = None,
+    bitmask: torch.Tensor | None = None,
+    draft_ids: torch.Tensor | None = None,
     return_margin: bool = False,
 ) -> Verified | tuple[Verified, torch.Tensor]:
     """Decide which tokens of each request's tree the target keeps.
@@ -587,6 +638,11 @@ def verify(
         target_rows: there.
         draft_rows: there.
         max_depth: there.
+        inputs: there.
+        draft_inputs: there.
+        point_nodes: there.
+        bitmask: there.
+        draft_ids: there.
         return_margin: return also how close the closest decision was, for comparisons with lower precision.
 
     Returns:
@@ -616,6 +672,11 @@ def verify(
             target_rows=list(range(nodes)) if target_rows is None else target_rows[b].tolist(),
             draft_rows=list(range(nodes)) if draft_rows is None else draft_rows[b].tolist(),
             max_depth=width - 1,
+            target_inputs=inputs,
+            draft_inputs=draft_inputs or inputs,
+            chosen=[False] * nodes if point_nodes is None else point_nodes.expand(batch, nodes)[b].tolist(),
+            bitmask=None if bitmask is None else bitmask[b],
+            draft_ids=None if draft_ids is None else draft_ids.cpu().numpy(),
         )
         answer = request.run(rule, return_margin)
         out.path[b, : len(answer.path)] = torch.tensor(answer.path, dtype=torch.int32)
@@ -656,6 +717,11 @@ class _Request:
     target_rows: list[int]
     draft_rows: list[int]
     max_depth: int
+    target_inputs: str
+    draft_inputs: str
+    chosen: list[bool]
+    bitmask: torch.Tensor | None
+    draft_ids: NDArray[np.int64] | None
 
     @property
     def vocab(self) -> int:
@@ -698,25 +764,40 @@ class _Request:
                 status |= Status.BAD_TREE
         if any(not 0 <= u < 1 for u in self.uniforms):
             status |= Status.BAD_UNIFORM
-        if _out_of_range(self.sampling) or (self.proposal != "point" and _out_of_range(self.draft_sampling)):
-            status |= Status.BAD_SAMPLING
+        for used, inputs, sampling in (
+            (True, self.target_inputs, self.sampling),
+            (self.proposal != "point", self.draft_inputs, self.draft_sampling),
+        ):
+            if used and inputs == "logits" and _out_of_range(sampling):
+                status |= Status.BAD_SAMPLING
         return status
 
     def walk(self, rule: str, status: Status, shaker: _Shaker | None) -> _Answer:
         coins = UniformCoins(self.uniforms)
 
         def target(node: int) -> Law:
-            return self._row(self.target_logits[self.target_rows[node]], self.sampling, coins, shaker)
+            values = _float64(self.target_logits[self.target_rows[node]])
+            if self.bitmask is not None:
+                values = np.where(_allowed(self.bitmask[node], len(values)), values, -math.inf)
+            return self._row(values, self.target_inputs, self.sampling, coins, shaker)
 
         def draft(node: int) -> Law:
             assert self.draft_logits is not None
-            return self._row(self.draft_logits[self.draft_rows[node]], self.draft_sampling, coins, shaker)
+            values = _float64(self.draft_logits[self.draft_rows[node]])
+            law = self._row(values, self.draft_inputs, self.draft_sampling, coins, shaker)
+            if self.draft_ids is None:
+                return law
+            whole = np.zeros(self.vocab)
+            for token, mass in zip(self.draft_ids, law, strict=True):
+                if 0 <= token < self.vocab:
+                    whole[token] += mass
+            return whole
 
         def children(node: int) -> list[Candidate]:
             if self._depth(node) >= self.max_depth:
                 return []
             return [
-                Candidate(i, x if 0 <= x < self.vocab else MISSING, self.target_rows[i] == -1)
+                Candidate(i, x if 0 <= x < self.vocab else MISSING, self.target_rows[i] == -1, self.chosen[i])
                 for i, x in enumerate(self.tokens)
                 if i > 0 and self.parents[i] == node
             ]
@@ -732,8 +813,13 @@ class _Request:
         return 0 if node == 0 else 1 + self._depth(self.parents[node])
 
     @staticmethod
-    def _row(logits: torch.Tensor, sampling: dict[str, float], coins: UniformCoins, shaker: _Shaker | None) -> Law:
-        values = _float64(logits)
+    def _row(values: Law, inputs: str, sampling: dict[str, float], coins: UniformCoins, shaker: _Shaker | None) -> Law:
+        if inputs == "probabilities":
+            if np.isnan(values).any():
+                raise UnusableRow(Status.NAN_ROW)
+            if not values.any():
+                raise UnusableRow(Status.EMPTY_ROW)
+            return values if shaker is None else shaker(values)
         if np.isnan(values).any() or np.isposinf(values).any():
             raise UnusableRow(Status.NAN_ROW)
         if not np.isfinite(values).any():
@@ -742,6 +828,11 @@ class _Request:
         coins.margin = min(coins.margin, _cutoff(values, *parameters)[1])
         law = row_law(values, *parameters)
         return law if shaker is None else shaker(law)
+
+
+def _allowed(words: torch.Tensor, vocab: int) -> NDArray[np.bool_]:
+    """`[vocab]`: whether bit v % 32 of word v // 32 is set."""
+    return np.unpackbits(words.cpu().contiguous().numpy().view(np.uint8), bitorder="little")[:vocab].astype(bool)
 
 
 def _out_of_range(sampling: dict[str, float]) -> bool:

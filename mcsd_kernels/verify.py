@@ -15,6 +15,7 @@ from .types import Verified
 
 PROPOSALS = ("without_replacement", "with_replacement", "greedy", "point")
 RULES = ("recursive", "traversal")
+INPUTS = ("logits", "probabilities")
 
 
 def verify(
@@ -32,6 +33,11 @@ def verify(
     draft_rows: torch.Tensor | None = None,
     max_depth: int | None = None,
     backend: str | None = None,
+    inputs: str = "logits",
+    draft_inputs: str | None = None,
+    point_nodes: torch.Tensor | None = None,
+    bitmask: torch.Tensor | None = None,
+    draft_ids: torch.Tensor | None = None,
 ) -> Verified:
     """Accept the longest path of each token tree that keeps the target's law, and draw the token that follows it.
 
@@ -64,6 +70,16 @@ def verify(
         max_depth: the caller's bound on the tree's depth, which fixes the width of the result; a node at that depth
             counts as a leaf. None: nodes - 1.
         backend: "torch" or "triton"; None to choose by device.
+        inputs: "logits", or "probabilities": the target's rows are laws already and are used as they are; `sampling`
+            then stays at its default. Such a row is not checked beyond what is read of it.
+        draft_inputs: the same for the draft's rows and `draft_sampling`; None: as `inputs` says.
+        point_nodes: `[nodes]` or `[batch, nodes]` bool: nodes that were chosen, not drawn, beside siblings that were
+            drawn as `proposal` says. They are tested after the drawn ones, each offered what is left of p there; their
+            tokens may depend on what was drawn.
+        bitmask: `[batch, nodes, ceil(vocab / 32)]` int32: the target's law after node i is restricted to the tokens v
+            whose bit v % 32 of word v // 32 is set, before temperature and filters (a grammar's mask).
+        draft_ids: `[columns]` int64, the target's token of each column of `draft_logits`, for a draft with a vocabulary
+            of its own. Tokens stay the target's; a column whose id is no token of the target counts for nothing.
 
     Returns:
         `Verified(path, length, tokens, status)`, all on the device of the logits.
@@ -77,6 +93,9 @@ def verify(
     """
     check.choice("proposal", proposal, PROPOSALS)
     check.choice("rule", rule, RULES)
+    check.choice("inputs", inputs, INPUTS)
+    check.choice("draft_inputs", draft_inputs, (None, *INPUTS))
+    draft_inputs = draft_inputs or inputs
     check.tensor("tokens", tokens, (None, None), check.INTEGERS)
     batch, nodes = tokens.shape
     if nodes == 0:
@@ -85,16 +104,30 @@ def verify(
     if proposal == "point":
         if draft_rows is not None and draft_logits is None:
             raise ValueError("draft_rows: expected None without draft_logits, got a tensor")
-        draft_logits = draft_rows = None
+        draft_logits = draft_rows = point_nodes = None  # every node is one
     elif draft_logits is None:
         raise ValueError(f'draft_logits: expected a tensor for proposal="{proposal}", got None')
     else:
-        _check_logits("draft_logits", draft_logits, "draft_rows", draft_rows, batch, nodes, vocab)
+        columns = vocab
+        if draft_ids is not None:
+            check.tensor("draft_ids", draft_ids, (None,), (torch.int64,))
+            columns = draft_ids.shape[0]
+        _check_logits("draft_logits", draft_logits, "draft_rows", draft_rows, batch, nodes, columns)
     shared = isinstance(parents, torch.Tensor) and parents.dim() == 1
     check.tensor("parents", parents, (nodes,) if shared else (batch, nodes), check.INTEGERS)
     check.tensor("uniforms", uniforms, (batch, nodes + 2), (torch.float32,))
     same = {"draft_logits": draft_logits, "tokens": tokens, "parents": parents, "uniforms": uniforms}
-    check.same_device("target_logits", target_logits, same | {"target_rows": target_rows, "draft_rows": draft_rows})
+    same |= {"target_rows": target_rows, "draft_rows": draft_rows, "draft_ids": draft_ids}
+    if point_nodes is not None:
+        one_tree = isinstance(point_nodes, torch.Tensor) and point_nodes.dim() == 1
+        check.tensor("point_nodes", point_nodes, (nodes,) if one_tree else (batch, nodes), (torch.bool,))
+    if bitmask is not None:
+        check.tensor("bitmask", bitmask, (batch, nodes, -(-vocab // 32)), (torch.int32,))
+    check.same_device("target_logits", target_logits, same | {"point_nodes": point_nodes, "bitmask": bitmask})
+    if inputs == "probabilities":
+        _check_unused("inputs", {"sampling": sampling, "bitmask": bitmask})
+    if draft_inputs == "probabilities":
+        _check_unused("draft_inputs" if inputs == "logits" else "inputs", {"draft_sampling": draft_sampling})
     numbers, tensors = pack("sampling", sampling, batch, target_logits.device)
     draft_numbers, draft_tensors = numbers, tensors
     if draft_sampling is not None:
@@ -120,9 +153,25 @@ def verify(
             proposal,
             rule,
             max_depth,
+            inputs,
+            draft_inputs,
+            point_nodes,
+            bitmask,
+            draft_ids,
             backend or "",
         )
     )
+
+
+def _check_unused(name: str, arguments: dict[str, Any]) -> None:
+    """Raise if something asks for a pass over rows that are laws already."""
+    for argument, value in arguments.items():
+        if not (value is None or (isinstance(value, SamplingParams) and value == _DEFAULT)):
+            got = value if isinstance(value, SamplingParams) else type(value).__name__
+            raise ValueError(f'{argument}: expected the default with {name}="probabilities", got {got}')
+
+
+_DEFAULT = SamplingParams()
 
 
 def _check_logits(
@@ -152,6 +201,9 @@ def _verify(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, 
     if choose(backend or None, rest[0].device) == "triton":
         from . import _verify_triton
 
+        *rest, inputs, draft_inputs, point_nodes, bitmask, draft_ids = rest
+        if "probabilities" in (inputs, draft_inputs) or any(x is not None for x in (point_nodes, bitmask, draft_ids)):
+            raise ValueError('backend: expected "torch" for inputs, point_nodes, bitmask or draft_ids, got "triton"')
         return _verify_triton.verify(*rest)
     return _verify_torch.verify(*rest)
 
@@ -171,6 +223,11 @@ def _fake(
     proposal: str,
     rule: str,
     max_depth: int,
+    inputs: str,
+    draft_inputs: str,
+    point_nodes: torch.Tensor | None,
+    bitmask: torch.Tensor | None,
+    draft_ids: torch.Tensor | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, width = tokens.shape[0], max_depth + 1
@@ -186,7 +243,8 @@ def _fake(
 _OPERATOR = operator(
     "verify(Tensor target_logits, Tensor? draft_logits, Tensor tokens, Tensor parents, Tensor uniforms,"
     " Tensor? target_rows, Tensor? draft_rows, float[] sampling, Tensor?[] sampling_tensors,"
-    " float[] draft_sampling, Tensor?[] draft_sampling_tensors, str proposal, str rule, SymInt max_depth, str backend)"
+    " float[] draft_sampling, Tensor?[] draft_sampling_tensors, str proposal, str rule, SymInt max_depth,"
+    " str inputs, str draft_inputs, Tensor? point_nodes, Tensor? bitmask, Tensor? draft_ids, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _verify,
     _fake,

@@ -59,6 +59,18 @@ def rows_call() -> Arguments:
     }
 
 
+def mixed_call() -> Arguments:
+    """A grammar's mask, chosen siblings beside drawn ones, and a draft over fewer tokens that hands over laws."""
+    call = tree_call()
+    return call | {
+        "draft_logits": torch.softmax(call["draft_logits"][..., :9], -1),
+        "draft_inputs": "probabilities",
+        "draft_ids": torch.arange(9) * 4,
+        "bitmask": torch.full((3, 5, 2), -1, dtype=torch.int32),
+        "point_nodes": torch.tensor([False, False, True, False, True]),
+    }
+
+
 def candidates_call() -> Arguments:
     logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
     return {"draft_logits": logits, "k": 3, "seeds": torch.arange(6), "step": 2}
@@ -103,6 +115,7 @@ CALLS: list[Any] = [
     pytest.param(verify, tree_call, id="verify"),
     pytest.param(verify, rows_call, id="verify-rows-and-tensor-parameters"),
     pytest.param(verify, lambda: tree_call() | {"proposal": "point", "draft_logits": None}, id="verify-without-draft"),
+    pytest.param(verify, mixed_call, id="verify-masked-mixed-smaller-draft"),
     pytest.param(draw_uniforms, lambda: {"seeds": torch.arange(4), "step": 3, "count": 7}, id="draw_uniforms"),
     pytest.param(
         draw_uniforms,
@@ -147,7 +160,7 @@ OPERATORS: list[Any] = [
             "dense",
             lambda: (
                 *tree_call().values(), None, None, [1.0, 0.0, 1.0, 0.0], [None] * 4, [0.5, 4.0, 0.9, 0.0], [None] * 4,
-                "without_replacement", "recursive", 4, "torch",
+                "without_replacement", "recursive", 4, "logits", "logits", None, None, None, "torch",
             ),
         ),
         (
@@ -155,7 +168,9 @@ OPERATORS: list[Any] = [
             "rows",
             lambda: (
                 *list(rows_call().values())[:7], [0.0, 9.0, 0.0, 0.0], [torch.ones(3), None, torch.ones(3), None],
-                [1.0, 0.0, 1.0, 0.0], [None] * 4, "with_replacement", "traversal", 2, "torch",
+                [1.0, 0.0, 1.0, 0.0], [None] * 4, "with_replacement", "traversal", 2,
+                "logits", "probabilities", torch.ones(5, dtype=torch.bool), torch.full((3, 5, 2), -1).int(),
+                torch.arange(40), "torch",
             ),
         ),
         ("draw_uniforms", "one-step", lambda: (torch.arange(4), 3, None, 7, "torch")),
@@ -184,12 +199,13 @@ OPERATORS: list[Any] = [
         ("ancestor_bits", "shared", lambda: (torch.tensor([-1, 0, 0, 1]),)),
         ("ancestor_bits", "batched", lambda: (torch.tensor([[-1, 0, 0, 1]] * 3, dtype=torch.int32),)),
         ("tree_attention_mask", "ragged", lambda: (torch.tensor([-1, 0, 0]), torch.tensor([2, 0]), 9)),
-        ("tree_attention", "plain", lambda: (*attention_call().values(), 0.25, None, None, None, None)),
+        ("tree_attention", "plain", lambda: (*attention_call().values(), 0.25, None, None, None, None, "torch")),
         (
             "tree_attention",
             "everything",
             lambda: (
                 *list(paged_call().values())[:5], 0.25, 3, 4.0, paged_call()["block_table"], torch.zeros(4),
+                "torch",
             ),
         ),
         ("keep_path", "ragged", lambda: tuple(keep_call().values())),

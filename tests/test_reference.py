@@ -95,6 +95,7 @@ class DraftedTree:
     proposal: str
     choices: Choices
     virtual: tuple[int, ...] = ()
+    points: tuple[int, ...] = ()
     start: Context = ()
     arrange: Callable[[Law, Context], Context] = lambda q, candidates: candidates
     drawn_as: str | None = None
@@ -109,10 +110,13 @@ class DraftedTree:
             return []
         if nodes[0] not in self.tokens:
             q = self.model.draft(self.context(node))
-            tuples = candidate_law(q, len(nodes), self.drawn_as or self.proposal)
+            drawn = [i for i in nodes if i not in self.points]
+            tuples = candidate_law(q, len(drawn), self.drawn_as or self.proposal) if drawn else [((), 1.0)]
             chosen = tuples[self.choices.choose([probability for _, probability in tuples])][0]
-            self.tokens.update(zip(nodes, self.arrange(q, chosen), strict=True))
-        return [Candidate(i, self.tokens[i], i in self.virtual) for i in nodes]
+            self.tokens.update(zip(drawn, self.arrange(q, chosen), strict=True))
+            # by id, so that some repeat a drawn sibling and some have no mass under the draft
+            self.tokens.update((i, i % len(q)) for i in nodes if i in self.points)
+        return [Candidate(i, self.tokens[i], i in self.virtual, i in self.points) for i in nodes]
 
     def problem(self) -> Problem:
         return Problem(
@@ -220,11 +224,13 @@ SAMPLED: dict[str, tuple[dict[str, float], dict[str, float]]] = {
 }
 
 
-def prove(model: Model, parents: list[int], proposal: str, virtual: tuple[int, ...] = ()) -> None:
+def prove(
+    model: Model, parents: list[int], proposal: str, virtual: tuple[int, ...] = (), points: tuple[int, ...] = ()
+) -> None:
     """Both rules are lossless, and traversal accepts at least as many nodes."""
     accepted = {}
     for name, rule in RULES.items():
-        emitted = emitted_by(model, parents, proposal, rule, virtual=virtual)
+        emitted = emitted_by(model, parents, proposal, rule, virtual=virtual, points=points)
         assert abs(sum(emitted.law.values()) - 1) <= EXACT, name
         assert error(model, emitted.law, depth(parents) + 1) <= EXACT, name
         if not virtual:
@@ -288,7 +294,38 @@ def test_lossless_with_virtual_nodes(parents: list[int], virtual: tuple[int, ...
     prove(named_model("narrow-draft"), parents, proposal, virtual)
 
 
+@PROPOSALS
+@pytest.mark.parametrize(
+    ("parents", "points", "virtual"),
+    [
+        pytest.param([-1, 0, 0], (2,), (), id="one-of-each"),
+        pytest.param([-1, 0, 0, 0, 0], (1, 4), (), id="before-and-after-the-drawn-ones"),
+        pytest.param([-1, 0, 0], (1, 2), (), id="none-drawn"),
+        pytest.param([-1, 0, 0, 2, 2], (2, 4), (), id="at-two-levels"),
+        pytest.param([-1, 0, 0, 0, 3], (3,), (1,), id="beside-a-virtual-node"),
+        pytest.param([-1, 0, 0, 0], (2, 3), (3,), id="a-virtual-one"),
+    ],
+)
+def test_lossless_with_chosen_siblings_beside_drawn_ones(
+    parents: list[int], points: tuple[int, ...], virtual: tuple[int, ...], proposal: str
+) -> None:
+    for seed in range(2):
+        prove(random_model(4, seed), parents, proposal, virtual, points)
+    for law in ("equal", "narrow-draft", "disjoint", "confident-draft"):
+        prove(named_model(law), parents, proposal, virtual, points)
+
+
 # Negative controls: what an enumeration must be able to see.
+
+
+def test_control_a_chosen_sibling_tested_as_if_drawn_is_biased() -> None:
+    def as_if_drawn(q: Law, candidates: Context) -> Context:
+        return (candidates[0], int(np.argmax(q)))
+
+    model = random_model(5, 1)
+    for rule in RULES.values():
+        emitted = emitted_by(model, [-1, 0, 0], "with_replacement", rule, arrange=as_if_drawn)
+        assert error(model, emitted.law, 2) > BIASED
 
 
 def test_a_weight_of_one_survives_a_residual_of_rounding_size() -> None:

@@ -1,0 +1,198 @@
+"""`verify` with rows that are no logits over one vocabulary, and with chosen siblings beside drawn ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cases
+import numpy as np
+import pytest
+import torch
+
+from mcsd_kernels import SamplingParams, Status, draw_candidates, draw_uniforms, reference, verify
+
+EXTRAS = ("probabilities", "draft-probabilities", "bitmask", "draft-ids", "point-nodes")
+NEAR = 1e-5  # decisions this close are float32's to make
+
+
+def words_of(allowed: torch.Tensor) -> torch.Tensor:
+    """`[..., vocab]` bool as `[..., ceil(vocab / 32)]` int32, token v in bit v % 32 of word v // 32."""
+    words = -(-allowed.shape[-1] // 32)
+    padded = torch.zeros(*allowed.shape[:-1], words * 32, dtype=torch.int64)
+    padded[..., : allowed.shape[-1]] = allowed
+    packed = (padded.unflatten(-1, (words, 32)) << torch.arange(32)).sum(-1)
+    return torch.where(packed >= 2**31, packed - 2**32, packed).int()
+
+
+def extended(rng: np.random.Generator, extras: set[str], **choices: Any) -> cases.Case:
+    """A random call with some of `EXTRAS`; tokens need not come from the draft for two implementations to agree."""
+    case = cases.random_case(rng, filters="probabilities" not in extras, **choices)
+    target, draft, tokens, parents, uniforms = case.arguments
+    options = dict(case.options)
+    vocab = target.shape[-1]
+    if "draft-ids" in extras and draft is not None:
+        columns = int(rng.integers(1, vocab + 1))
+        ids = torch.from_numpy(rng.permutation(vocab + 3)[:columns] - (1 if rng.random() < 0.5 else 0))
+        draft = draft[..., :columns]
+        options["draft_ids"] = ids
+    if "probabilities" in extras or "draft-probabilities" in extras:
+        if "probabilities" in extras:
+            target = torch.softmax(target.float(), -1).to(target.dtype)
+            options["inputs"] = "probabilities"
+        if draft is not None:
+            draft = torch.softmax(draft.float(), -1)
+            options["draft_inputs"] = "probabilities"
+        options["draft_sampling"] = None
+    if "bitmask" in extras:
+        batch, nodes = tokens.shape
+        allowed = torch.from_numpy(rng.random((batch, nodes, vocab)) < rng.choice([0.1, 0.5, 0.9]))
+        options["bitmask"] = words_of(allowed)
+    if "point-nodes" in extras:
+        shape = tokens.shape if rng.random() < 0.5 else tokens.shape[1:]
+        options["point_nodes"] = torch.from_numpy(rng.random(tuple(shape)) < 0.4)
+    return cases.Case((target, draft, tokens, parents, uniforms), options, case.note)
+
+
+def differing(case: cases.Case) -> list[int]:
+    """Requests that the backend and the oracle answer differently, close decisions apart."""
+    expected, margin = reference.verify(*case.arguments, **case.options, return_margin=True)
+    got = verify(*case.arguments, **case.options)
+    same = torch.ones(len(margin), dtype=torch.bool)
+    for a, b in zip(expected, got, strict=True):
+        same &= (a == b).reshape(len(margin), -1).all(1)
+    return [b for b in range(len(margin)) if not same[b] and margin[b] > NEAR]
+
+
+@pytest.mark.parametrize("rule", cases.RULES)
+@pytest.mark.parametrize("proposal", cases.PROPOSALS)
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_equals_the_oracle(extra: str, proposal: str, rule: str) -> None:
+    for seed in range(12):
+        rng = np.random.default_rng([seed, EXTRAS.index(extra)])
+        assert not differing(extended(rng, {extra}, proposal=proposal, rule=rule)), seed
+
+
+@pytest.mark.parametrize("rule", cases.RULES)
+def test_equals_the_oracle_with_everything_at_once(rule: str) -> None:
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        assert not differing(extended(rng, {"draft-probabilities", "bitmask", "draft-ids", "point-nodes"}, rule=rule))
+        assert not differing(extended(rng, {"probabilities", "draft-ids", "point-nodes"}, rule=rule)), seed
+
+
+@pytest.mark.parametrize("rule", cases.RULES)
+def test_equals_the_oracle_on_long_rows(rule: str) -> None:
+    for seed, extra in enumerate(EXTRAS):
+        rng = np.random.default_rng(seed)
+        assert not differing(extended(rng, {extra}, rule=rule, vocab=9000, batch=2, nodes=5)), extra
+
+
+def test_probabilities_decide_as_their_logits_do() -> None:
+    rng = np.random.default_rng(3)
+    logits, draft = torch.randn(64, 5, 40), torch.randn(64, 5, 40)
+    tokens, parents = torch.from_numpy(rng.integers(0, 40, (64, 5))), torch.tensor([-1, 0, 0, 1, 1])
+    uniforms = draw_uniforms(torch.arange(64), 0, 7)
+    laws = [torch.softmax(x.double(), -1).float() for x in (logits, draft)]
+    by_logits = verify(logits, draft, tokens, parents, uniforms)
+    by_laws = verify(*laws, tokens, parents, uniforms, inputs="probabilities")
+    mixed = verify(logits, laws[1], tokens, parents, uniforms, draft_inputs="probabilities")
+    same = (by_logits.tokens == by_laws.tokens).all(1) & (by_logits.tokens == mixed.tokens).all(1)
+    assert same.float().mean() > 0.98  # the rest hangs on the last bit of a row
+
+
+@pytest.mark.parametrize("vocab", [40, 9000], ids=["short-rows", "long-rows"])
+def test_a_broken_law_ends_its_own_request(vocab: int) -> None:
+    target = torch.softmax(torch.randn(4, 2, vocab), -1)
+    draft = torch.zeros(4, 2, vocab)
+    draft[:, :, 3] = 1.0
+    target[:, 0, 3] = 0.0  # the candidate is rejected, so that the whole row is read
+    target[1, 0, 7] = torch.nan
+    target[2] = 0.0
+    tokens = torch.tensor([[0, 3]]).expand(4, 2)
+    out = verify(target, draft, tokens, torch.tensor([-1, 0]), torch.full((4, 4), 0.5), inputs="probabilities")
+    assert out.status.tolist() == [0, Status.NAN_ROW, Status.EMPTY_ROW, 0]
+    assert out.length.tolist() == [1, 1, 1, 1]
+    assert out.tokens[1, 0] == out.tokens[2, 0] == 0
+
+
+def test_a_mask_that_allows_nothing_is_an_empty_row() -> None:
+    mask = torch.zeros(2, 1, 2, dtype=torch.int32)
+    mask[1, 0, 0] = 1 << 5
+    out = verify(
+        torch.zeros(2, 1, 40), None, torch.zeros(2, 1).long(), torch.tensor([-1]), torch.full((2, 3), 0.9),
+        proposal="point", bitmask=mask,
+    )  # fmt: skip
+    assert out.status.tolist() == [Status.EMPTY_ROW, 0]
+    assert out.tokens.tolist() == [[0], [5]]
+
+
+@pytest.mark.parametrize("rule", cases.RULES)
+@pytest.mark.parametrize("proposal", ["without_replacement", "greedy"])
+def test_law_of_a_mixed_tree_under_a_mask_from_a_smaller_vocabulary(proposal: str, rule: str) -> None:
+    """Two drawn children and a chosen one, a draft over three of six tokens, a grammar that forbids one token."""
+    count, vocab = 10_000, 6
+    p = torch.tensor([0.3, 0.25, 0.2, 0.1, 0.1, 0.05]).log()
+    q, ids = torch.tensor([0.6, 0.3, 0.1]).log(), torch.tensor([3, 0, 5])
+    allowed = torch.tensor([True, True, True, False, True, True])
+    seeds = torch.arange(count)
+    drawn = ids[draw_candidates(q.expand(count, -1), 2, seeds, 0, proposal=proposal)]
+    tokens = torch.cat([torch.zeros(count, 1).long(), drawn, torch.full((count, 1), 4)], 1)
+    out = verify(
+        p.expand(count, 4, vocab),
+        q.expand(count, 4, 3),
+        tokens,
+        torch.tensor([-1, 0, 0, 0]),
+        draw_uniforms(seeds, 0, 6),
+        proposal=proposal,
+        rule=rule,
+        point_nodes=torch.tensor([False, False, False, True]),
+        bitmask=words_of(allowed.expand(count, 4, vocab)),
+        draft_ids=ids,
+    )
+    law = torch.softmax(p.masked_fill(~allowed, -torch.inf), 0)
+    seen = torch.bincount(out.tokens[:, 0], minlength=vocab) / count
+    assert not seen[3]
+    # about five standard errors of the largest share
+    assert (seen - law).abs().max() < 5 * (0.25 / count) ** 0.5
+    assert (out.length > 1).float().mean() > 0.4
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown-inputs": ({"inputs": "probs"}, "inputs: expected one of 'logits', 'probabilities', got 'probs'"),
+    "unknown-draft-inputs": ({"draft_inputs": 1}, "draft_inputs: expected one of"),
+    "filters-on-probabilities": (
+        {"inputs": "probabilities", "sampling": SamplingParams(top_k=3)},
+        'sampling: expected the default with inputs="probabilities"',
+    ),
+    "temperature-of-draft-probabilities": (
+        {"draft_inputs": "probabilities", "draft_sampling": SamplingParams(temperature=0.5)},
+        'draft_sampling: expected the default with draft_inputs="probabilities"',
+    ),
+    "mask-on-probabilities": (
+        {"inputs": "probabilities", "bitmask": torch.zeros(2, 3, 1, dtype=torch.int32)},
+        'bitmask: expected the default with inputs="probabilities", got Tensor',
+    ),
+    "mask-of-other-width": (
+        {"bitmask": torch.zeros(2, 3, 2, dtype=torch.int32)},
+        r"bitmask: expected shape \[2, 3, 1\], got \[2, 3, 2\]",
+    ),
+    "mask-of-other-dtype": ({"bitmask": torch.zeros(2, 3, 1)}, "bitmask: expected dtype int32, got float32"),
+    "point-nodes-no-bools": ({"point_nodes": torch.zeros(3)}, "point_nodes: expected dtype bool, got float32"),
+    "point-nodes-of-other-shape": (
+        {"point_nodes": torch.zeros(3, 3, dtype=torch.bool)},
+        r"point_nodes: expected shape \[2, 3\], got \[3, 3\]",
+    ),
+    "ids-for-other-columns": (
+        {"draft_ids": torch.arange(4)},
+        r"draft_logits: expected shape \[2, 3, 4\], got \[2, 3, 8\]",
+    ),
+    "ids-of-other-dtype": ({"draft_ids": torch.zeros(8)}, "draft_ids: expected dtype int64, got float32"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments(case: str) -> None:
+    options, message = BAD[case]
+    rows = torch.zeros(2, 3, 8)
+    with pytest.raises(ValueError, match=message):
+        verify(rows, rows, torch.zeros(2, 3).long(), torch.tensor([-1, 0, 0]), torch.zeros(2, 5), **options)
