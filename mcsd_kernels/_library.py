@@ -40,8 +40,9 @@ def _plain(arguments: Iterable[Any]) -> bool:
             if argument.requires_grad or argument.is_meta:
                 return False
         elif kind is list:
-            if any(x is not None and type(x) is not float and not _plain((x,)) for x in argument):
-                return False
+            for entry in argument:
+                if entry is not None and type(entry) is not float and not _plain((entry,)):
+                    return False
         elif isinstance(argument, torch.Tensor):
             return False
     return True

@@ -93,6 +93,31 @@ def draw_blocks(weights: torch.Tensor) -> torch.Tensor:
     return weights.view(weights.shape[0], -1, min(weights.shape[1], DRAW_BLOCK))
 
 
+class Law:
+    """One row of probabilities, where it lies.
+
+    Args:
+        row: `[vocab]` f32.
+    """
+
+    def __init__(self, row: torch.Tensor) -> None:
+        self.row = row
+        # the same memory for NumPy, whose single entries are quicker to read
+        self._numbers = host(row) if row.is_cpu else None
+
+    def at(self, tokens: list[int]) -> list[float]:
+        """The probabilities of some tokens, on the host; a token below 0 has none."""
+        if self._numbers is None:
+            return read(self.row[None], [0], [tokens])[0]
+        entry = self._numbers.item
+        return [entry(x) if x >= 0 else 0.0 for x in tokens]
+
+    def is_broken(self) -> bool:
+        """Whether softmax has turned the row into NaN."""
+        first = self.at([0])[0] if self._numbers is None else self._numbers.item(0)
+        return first != first
+
+
 class Buffers:
     """Room for the p, q and weights of a few rows, and views of it, kept between calls.
 
@@ -107,7 +132,7 @@ class Buffers:
         self.blocks = draw_blocks(self.weights)
         self.masses = torch.zeros(self.blocks.shape[:2], dtype=torch.float32, device=device)
         # the first row, for one request at a time
-        self.p_row, self.q_row, self.weights_row = self.p[0], self.q[0], self.weights[0, :vocab]
+        self.first_p, self.first_q, self.first_weights = Law(self.p[0]), Law(self.q[0]), self.weights[0, :vocab]
         self.first_blocks, self.first_masses = self.blocks[:1], self.masses[:1]
         # the same memory for NumPy; from another device, a draw fetches the one block it needs
         self.on_host = (self.first_masses[0].numpy(), self.blocks[0].numpy()) if device.type == "cpu" else None
@@ -146,10 +171,6 @@ def law(logits: torch.Tensor, sampling: Sampling, buffer: torch.Tensor, slots: l
     Returns:
         what is wrong with each row (such a row has no mass in the buffer), or None if all are sound.
     """
-    if sampling.plain == 1.0 and slots is None and logits.shape[0] == len(buffer) == 1 and buffer.is_cpu:
-        torch.softmax(logits, -1, torch.float32, out=buffer)
-        first = buffer.numpy().item(0)
-        return None if first == first else _broken(buffer, logits)
     rows, vocab = logits.shape
     device = logits.device
     if slots is None:
@@ -169,6 +190,23 @@ def law(logits: torch.Tensor, sampling: Sampling, buffer: torch.Tensor, slots: l
     if slots is not None and rows > 1:
         buffer.index_copy_(0, torch.tensor(slots, device=device), out)
     return status
+
+
+def plain_law(logits: torch.Tensor, scale: float, out: Law) -> Status | None:
+    """`law` of a single row without filters: softmax(logits * scale).
+
+    Args:
+        logits: `[vocab]` f16, bf16 or f32; not written.
+        scale: 1 / temperature.
+        out: where the law goes.
+
+    Returns:
+        what is wrong with the row, or None.
+    """
+    if scale != 1.0:
+        logits = torch.mul(logits.float(), scale, out=out.row)
+    torch.softmax(logits, 0, torch.float32, out=out.row)
+    return Status(int(_diagnose(logits[None], np.zeros(1, np.int64))[0])) if out.is_broken() else None
 
 
 def masked(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
@@ -328,8 +366,7 @@ def fill(p: torch.Tensor, q: torch.Tensor, want: Mass | Draw, weights: torch.Ten
     elif beta == 0.0:
         weights.copy_(p)
     else:
-        torch.sub(p, q, alpha=beta / w, out=weights)
-        weights.clamp_(min=0.0)
+        torch.relu_(torch.sub(p, q, alpha=beta / w, out=weights))
     for token in without:
         weights[token] = 0.0
 

@@ -40,7 +40,10 @@ class _Side:
         ids: torch.Tensor | None = None,
     ) -> None:
         self.values, self.sampling, self.vocab, self.bitmask = values, sampling, vocab, bitmask
+        # 1 / temperature, where that is all there is to do
+        self.plain = sampling.plain if sampling is not None and bitmask is None and ids is None else None
         self.rows = None if rows is None else host(rows)
+        self._request, self._rows = -1, values
         self.ids: torch.Tensor | None = None
         if ids is not None:
             inside = ids.numel() == 0 or 0 <= int(ids.min()) <= int(ids.max()) < vocab
@@ -48,19 +51,31 @@ class _Side:
             self.ids = ids if self.known is None else torch.where(self.known, ids, 0)
 
     def row(self, request: int, node: int) -> torch.Tensor:
-        """`[1, columns]`, a view."""
-        if self.rows is None:
-            return self.values.select(0, request).narrow(0, node, 1)
-        return self.values.narrow(0, self.rows.item(request, node), 1)
+        """`[columns]`, a view."""
+        if self.rows is not None:
+            return self.values[self.rows.item(request, node)]
+        if request != self._request:  # one view less for every other row of a request
+            self._request, self._rows = request, self.values[request]
+        return self._rows[node]
 
     def take(self, requests: list[int], nodes: list[int]) -> torch.Tensor:
         """`[len(requests), columns]`; a single row comes as a view."""
         if len(requests) == 1:
-            return self.row(requests[0], nodes[0])
+            return self.row(requests[0], nodes[0])[None]
         device = self.values.device
         if self.rows is None:
             return self.values[torch.tensor(requests, device=device), torch.tensor(nodes, device=device)]
         return self.values[torch.from_numpy(self.rows[requests, nodes].astype(np.int64)).to(device)]
+
+    def law(self, request: int, node: int, room: rows_torch.Law) -> rows_torch.Law | Status:
+        """The law after a node: in `room`, or where it lies if nothing has to be done to it."""
+        if self.plain is not None:
+            status = rows_torch.plain_law(self.row(request, node), self.plain, room)
+            return room if status is None else status
+        if self.sampling is None and self.ids is None and self.values.dtype == torch.float32:
+            return rows_torch.Law(self.row(request, node))
+        found = self.load([request], [node], room.row[None], None)
+        return room if found is None else found[0]
 
     def load(
         self, requests: list[int], nodes: list[int], buffer: torch.Tensor, slots: list[int] | None
@@ -89,11 +104,6 @@ class _Side:
         else:
             buffer.index_copy_(0, torch.tensor(slots, device=buffer.device), values.float())
         return None
-
-    @property
-    def as_they_are(self) -> bool:
-        """Whether the values can be read as laws where they lie."""
-        return self.sampling is None and self.ids is None and self.values.dtype == torch.float32
 
 
 @lru_cache(maxsize=256)
@@ -257,11 +267,12 @@ class _Alone:
 
     def __init__(self, batch: _Batch, room: rows_torch.Buffers) -> None:
         self.batch, self.room = batch, room
-        self.p, self.q = room.p[:1], room.q[:1]
+        self.p, self.q = room.first_p, room.first_q
 
     def run(self, walk: _Walk, outputs: _Outputs) -> None:
         """Run the rule to its end."""
         send, wants = walk.rule.send, walk.wants
+        room = self.room
         held: Any = None  # what the weights hold
         answer: Any
         try:
@@ -272,17 +283,17 @@ class _Alone:
                     answer = self._rows(walk.request, wants)
                 else:
                     if held != wants:
-                        rows_torch.fill(self.p[0], self.q[0], wants, self.room.weights_row)
-                        torch.sum(self.room.first_blocks, -1, out=self.room.first_masses)
+                        rows_torch.fill(self.p.row, self.q.row, wants, room.first_weights)
+                        torch.sum(room.first_blocks, -1, out=room.first_masses)
                         held = wants
                     if kind is rules.Mass:
-                        masses = self.room.on_host[0] if self.room.on_host else host(self.room.first_masses)
+                        masses = room.on_host[0] if room.on_host else host(room.first_masses)
                         answer = float(masses.sum()) * (wants.w or 1.0)
                         if answer != answer:
                             answer = Status.NAN_ROW
                     else:
                         u = walk.tree.uniforms
-                        answer = self.room.draw(u[-2], u[-1])
+                        answer = room.draw(u[-2], u[-1])
                 if isinstance(answer, Status):
                     return outputs.end(walk.request, walk.tree.path, PLACEHOLDER, int(answer))
                 wants = send(answer)
@@ -290,21 +301,21 @@ class _Alone:
             outputs.end(walk.request, walk.tree.path, stop.value)
 
     def _rows(self, request: int, wants: rules.Rows) -> tuple[list[float], list[float]] | Status:
-        target, draft, node, tokens = self.batch.target, self.batch.draft, wants.node, wants.tokens
-        if target.as_they_are:
-            self.p = target.row(request, node)
-        elif status := target.load([request], [node], self.p, None):
-            return status[0]
+        node, tokens = wants
+        p = self.batch.target.law(request, node, self.room.first_p)
+        if isinstance(p, Status):
+            return p
+        self.p = p
         if not tokens:
             return [], []
-        p = rows_torch.read(self.p, [0], [tokens])[0]
-        if draft is None:
-            return p, p
-        if draft.as_they_are:
-            self.q = draft.row(request, node)
-        elif status := draft.load([request], [node], self.q, None):
-            return status[0]
-        return p, rows_torch.read(self.q, [0], [tokens])[0]
+        p_at = p.at(tokens)
+        if self.batch.draft is None:
+            return p_at, p_at
+        q = self.batch.draft.law(request, node, self.room.first_q)
+        if isinstance(q, Status):
+            return q
+        self.q = q
+        return p_at, q.at(tokens)
 
 
 class _Together:
