@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from . import _rows_torch as rows_torch
-from ._rows_torch import Array, Sampling, first_above, host
+from ._rows_torch import Array, Sampling, host, pick
 from ._rules import MISSING
 from .random import CANDIDATE_STREAM, uniforms
 from .types import DRAW_BLOCK
@@ -33,80 +33,105 @@ def draw_candidates(
     sound = np.broadcast_to(~np.asarray(sampling.out_of_range(), dtype=bool), (rows,))
     tokens = np.full((rows, k), MISSING, np.int64)
     draws = {"point": 0, "greedy": 1}.get(proposal, k)
-    zero = torch.zeros((), dtype=torch.int64, device=seeds.device)
-    node = zero if nodes is None else nodes.long()
-    at = zero + step if step_tensor is None else step_tensor.long()
-    coins = host(uniforms(seeds, node, at, CANDIDATE_STREAM, 2 * draws)).reshape(rows, draws, 2)
-    todo = np.flatnonzero(sound)
+    at = step if step_tensor is None else step_tensor
+    coins_drawn = uniforms(seeds, 0 if nodes is None else nodes, at, CANDIDATE_STREAM, 2 * draws)
+    coins = host(coins_drawn).reshape(rows, draws, 2).tolist()
+    todo = np.flatnonzero(sound).tolist()
     size = rows_torch.chunk_rows(vocab)
-    for start in range(0, len(todo), size):
-        some = todo[start : start + size]
-        logits = draft_logits[some[0] : some[0] + 1] if size == 1 else rows_torch.take(draft_logits, some)
-        tokens[some] = _draw(logits, k, coins[some].tolist(), proposal, sampling.take(some.tolist()))
+    if size == 1:
+        room = rows_torch.buffers(1, vocab, draft_logits.device)
+        for row in todo:
+            masses, blocks = _law_alone(draft_logits, row, sampling.take([row]), room)
+            tokens[row] = _draw(draft_logits[row], masses, blocks, k, coins[row], proposal)
+    else:
+        for start in range(0, len(todo), size):
+            some = todo[start : start + size]
+            masses, blocks = _laws(rows_torch.take(draft_logits, np.array(some)), sampling.take(some))
+            for row, *law in zip(some, masses, blocks, strict=True):
+                tokens[row] = _draw(draft_logits[row], *law, k, coins[row], proposal)
     return torch.from_numpy(tokens).to(draft_logits.device)
 
 
-def _draw(logits: torch.Tensor, k: int, coins: list[list[list[float]]], proposal: str, sampling: Sampling) -> Array:
-    """`[rows, k]` tokens of a chunk."""
+def _law_alone(logits: torch.Tensor, row: int, sampling: Sampling, room: rows_torch.Buffers) -> tuple[Array, Array]:
+    """One row's law on the host: the masses of its blocks, and the blocks."""
+    if sampling.plain is None or rows_torch.plain_law(logits[row], sampling.plain, room.first_weights):
+        rows_torch.law(logits[row : row + 1], sampling, room.first_weights.row[None], None)
+    return room.sum_blocks(), host(room.first_blocks)
+
+
+def _laws(logits: torch.Tensor, sampling: Sampling) -> tuple[Array, Array]:
+    """The same for several rows."""
     rows, vocab = logits.shape
     room = rows_torch.buffers(rows, vocab, logits.device)
-    law = room.p if len(room.p) == rows else room.p[:rows]
-    rows_torch.law(logits, sampling, law, None)
-    certain = k - len(coins[0]) if rows else 0
-    tokens = np.full((rows, k), MISSING, np.int64)
-    if certain:
-        tokens[:, :certain] = _most_probable(logits, law, certain)
-    if not coins or not coins[0]:
-        return tokens
-    weights = room.weights[:rows]
-    weights[:, :vocab].copy_(law)
-    # the same memory on the CPU, a copy from elsewhere; either way nothing goes back
-    inside = host(rows_torch.draw_blocks(weights))
-    for row, pairs in enumerate(coins):
-        for token in tokens[row, :certain].tolist():
+    weights, blocks = room.weights[:rows], room.blocks[:rows]
+    rows_torch.law(logits, sampling, weights[:, :vocab], None)
+    return host(blocks.sum(-1)), host(blocks)
+
+
+def _draw(
+    logits: torch.Tensor, masses: Array, blocks: Array, k: int, coins: list[list[float]], proposal: str
+) -> list[int]:
+    """The k candidates of a row; its law is written."""
+    found = _most_probable(logits, blocks, k - len(coins)) if k > len(coins) else []
+    if coins:
+        for token in found:
             if token >= 0:
-                inside[row].reshape(-1)[token] = 0.0
-        tokens[row, certain:] = _draws(inside[row], pairs, proposal == "without_replacement")
-    return tokens
+                _strike_out(token, masses, blocks)
+        found += _draws(masses, blocks, coins, proposal == "without_replacement")
+    return found
 
 
-def _draws(blocks: Array, coins: list[list[float]], struck_out: bool) -> list[int]:
-    """Tokens by inverse CDF, block and then place; without replacement a drawn token's weight is gone afterwards.
+def _draws(masses: Array, blocks: Array, coins: list[list[float]], struck_out: bool) -> list[int]:
+    """Tokens by inverse CDF; without replacement a drawn token's weight is gone afterwards.
 
     Args:
-        blocks: `[blocks, DRAW_BLOCK]` f32 weights, written if `struck_out`.
+        masses: `[blocks]` f32, the sums of the blocks; written if `struck_out`, as are these.
+        blocks: `[blocks, DRAW_BLOCK]` f32 weights.
         coins: a pair of uniform numbers for each draw.
         struck_out: draw without replacement.
     """
-    masses = blocks.sum(1)
     found = []
     for u_block, u_place in coins:
-        block = first_above(masses, u_block)
-        if block < 0:
-            found.append(MISSING)
-            continue
-        place = first_above(blocks[block], u_place)
-        found.append(block * DRAW_BLOCK + place)
-        if struck_out:
-            blocks[block, place] = 0.0
-            masses[block] = blocks[block].sum()  # summed afresh, so that nothing is left of a block used up
+        token = pick(masses, blocks, u_block, u_place)
+        found.append(MISSING if token is None else token)
+        if struck_out and token is not None:
+            _strike_out(token, masses, blocks)
     return found
 
 
-def _most_probable(logits: torch.Tensor, law: torch.Tensor, count: int) -> Array:
-    """`[rows, count]`: the tokens of the largest logits that have mass, the lower id first among equals."""
-    if count < logits.shape[-1]:
-        top, index = logits.topk(count + 1, -1)  # one more, to see a tie across the end
-        values = host(top.float())
-        # topk's order among equals is its own, so any tie takes the slow way
-        if (values[:, 1:] < values[:, :-1]).all() and bool((law.gather(-1, index[:, :count]) > 0).all()):
-            return host(index[:, :count])
-    found = np.full((law.shape[0], count), MISSING, np.int64)
-    rest = torch.where(law > 0, logits.float(), -torch.inf)
-    every = torch.arange(law.shape[0], device=law.device)
-    for column in range(count):
-        top = rest.amax(-1)
-        best = rows_torch.first_argmax(rest, top)
-        found[:, column] = np.where(host(top) > -np.inf, host(best), MISSING)
-        rest[every, best] = -torch.inf
-    return found
+def _strike_out(token: int, masses: Array, blocks: Array) -> None:
+    """Take a token's weight away; its block is summed afresh, so that nothing is left of one used up."""
+    block = token // DRAW_BLOCK
+    blocks[block, token % DRAW_BLOCK] = 0.0
+    masses[block] = blocks[block].sum()
+
+
+def _most_probable(logits: torch.Tensor, blocks: Array, count: int) -> list[int]:
+    """The tokens of the largest logits that have mass, the lower id first among equals.
+
+    Args:
+        logits: `[vocab]`.
+        blocks: `[blocks, DRAW_BLOCK]`, the row's law.
+        count: how many.
+    """
+    vocab, law = logits.shape[0], blocks.reshape(-1)
+    rest = logits.float()
+    if _ONE_BY_ONE < count < vocab:
+        top, index = (host(part) for part in rest.topk(count + 1))  # one more, to see a tie at the end
+        # topk's order among equals is its own, so any tie takes the other way
+        if (top[1:] < top[:-1]).all() and (law[index[:count]] > 0).all():
+            found: list[int] = index[:count].tolist()
+            return found
+    values = np.array(host(rest))
+    found = []
+    for _ in range(min(count, vocab)):
+        best = int(values.argmax())  # NaN wins, and has no mass
+        if not law[best] > 0:
+            break
+        found.append(best)
+        values[best] = -np.inf
+    return found + [MISSING] * (count - len(found))
+
+
+# up to so many, looking for the largest logit again and again is quicker than any sort
+_ONE_BY_ONE = 16

@@ -132,19 +132,20 @@ class Buffers:
         self.blocks = draw_blocks(self.weights)
         self.masses = torch.zeros(self.blocks.shape[:2], dtype=torch.float32, device=device)
         # the first row, for one request at a time
-        self.first_p, self.first_q, self.first_weights = Law(self.p[0]), Law(self.q[0]), self.weights[0, :vocab]
-        self.first_blocks, self.first_masses = self.blocks[:1], self.masses[:1]
+        self.first_p, self.first_q, self.first_weights = Law(self.p[0]), Law(self.q[0]), Law(self.weights[0, :vocab])
+        self.first_blocks, self.first_masses = self.blocks[0], self.masses[0]
         # the same memory for NumPy; from another device, a draw fetches the one block it needs
-        self.on_host = (self.first_masses[0].numpy(), self.blocks[0].numpy()) if device.type == "cpu" else None
+        self.on_host = (self.first_masses.numpy(), self.first_blocks.numpy()) if device.type == "cpu" else None
+
+    def sum_blocks(self) -> Array:
+        """`[blocks]` on the host: the masses of the first row's blocks."""
+        torch.sum(self.first_blocks, -1, out=self.first_masses)
+        return self.on_host[0] if self.on_host else host(self.first_masses)
 
     def draw(self, u_block: float, u_place: float) -> int | None:
         """One token from the first row's weights and masses; None where there is no mass."""
-        masses, inside = self.on_host or (host(self.first_masses[0]), None)
-        block = first_above(masses, u_block)
-        if block < 0:
-            return None
-        weights = host(self.blocks[0, block]) if inside is None else inside[block]
-        return block * DRAW_BLOCK + first_above(weights, u_place)
+        masses, blocks = self.on_host or (host(self.first_masses), self.first_blocks)
+        return pick(masses, blocks, u_block, u_place)
 
 
 _kept = threading.local()
@@ -415,19 +416,30 @@ def draw(weights: torch.Tensor, masses: Array, u_block: list[float], u_place: li
         the tokens, each of positive weight; None for a row without mass.
     """
     blocks = draw_blocks(weights)
-    found: list[int | None] = []
     if weights.is_cpu:
-        inside = blocks.numpy()
-        for row, (u, v) in enumerate(zip(u_block, u_place, strict=True)):
-            block = first_above(masses[row], u)
-            found.append(None if block < 0 else block * DRAW_BLOCK + first_above(inside[row, block], v))
-        return found
+        return list(map(pick, masses, blocks.numpy(), u_block, u_place))
     chosen = [first_above(mass, u) for mass, u in zip(masses, u_block, strict=True)]
     index = torch.tensor(chosen, device=weights.device).clamp(min=0)
     inside = host(blocks[torch.arange(len(chosen), device=weights.device), index])
-    for row, (block, v) in enumerate(zip(chosen, u_place, strict=True)):
-        found.append(None if block < 0 else block * DRAW_BLOCK + first_above(inside[row], v))
-    return found
+    return [
+        None if block < 0 else block * DRAW_BLOCK + first_above(row, v)
+        for block, row, v in zip(chosen, inside, u_place, strict=True)
+    ]
+
+
+def pick(masses: Array, blocks: Array | torch.Tensor, u_block: float, u_place: float) -> int | None:
+    """One token by inverse CDF in two steps: a block of weights, then the place in it; None where there is no mass.
+
+    Args:
+        masses: `[blocks]`, the sums of the blocks.
+        blocks: `[blocks, DRAW_BLOCK]` weights; of a tensor on another device only the chosen block is fetched.
+        u_block, u_place: in [0, 1).
+    """
+    block = first_above(masses, u_block)
+    if block < 0:
+        return None
+    inside = blocks[block]
+    return block * DRAW_BLOCK + first_above(host(inside) if isinstance(inside, torch.Tensor) else inside, u_place)
 
 
 def first_above(weights: Array, u: float) -> int:

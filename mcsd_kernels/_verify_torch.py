@@ -274,6 +274,7 @@ class _Alone:
         send, wants = walk.rule.send, walk.wants
         room = self.room
         held: Any = None  # what the weights hold
+        masses: Array
         answer: Any
         try:
             while True:
@@ -283,11 +284,10 @@ class _Alone:
                     answer = self._rows(walk.request, wants)
                 else:
                     if held != wants:
-                        rows_torch.fill(self.p.row, self.q.row, wants, room.first_weights)
-                        torch.sum(room.first_blocks, -1, out=room.first_masses)
+                        rows_torch.fill(self.p.row, self.q.row, wants, room.first_weights.row)
+                        masses = room.sum_blocks()
                         held = wants
                     if kind is rules.Mass:
-                        masses = room.on_host[0] if room.on_host else host(room.first_masses)
                         answer = float(masses.sum()) * (wants.w or 1.0)
                         if answer != answer:
                             answer = Status.NAN_ROW

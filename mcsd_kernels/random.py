@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ CANDIDATE_STREAM = 1
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
+
+Array = np.ndarray[Any, Any]
 
 
 def draw_uniforms(
@@ -60,17 +62,11 @@ def check_step(step: int | torch.Tensor, seeds: torch.Tensor) -> torch.Tensor | 
     return step
 
 
-Words = TypeVar("Words", torch.Tensor, "np.ndarray[Any, Any]")
-
-
-def philox_words(counter: list[Words], key: list[Words]) -> list[Words]:
-    """Philox 4x32-10: four 32-bit words from a counter of four and a key of two.
+def philox(counter: list[torch.Tensor], key: list[torch.Tensor]) -> torch.Tensor:
+    """Philox 4x32-10: four 32-bit words, along a last axis, from a counter of four and a key of two.
 
     Args:
-        counter, key: int64 tensors or arrays of shapes that broadcast, each holding 32-bit words.
-
-    Returns:
-        the four words, int64.
+        counter, key: int64 tensors of shapes that broadcast, each holding 32-bit words.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -80,38 +76,63 @@ def philox_words(counter: list[Words], key: list[Words]) -> list[Words]:
         c0, c2 = (second >> 32 & _WORD) ^ c1 ^ k0, (first >> 32 & _WORD) ^ c3 ^ k1
         c1, c3 = second & _WORD, first & _WORD
         k0, k1 = k0 + _WEYL[0] & _WORD, k1 + _WEYL[1] & _WORD
-    return [c0, c1, c2, c3]
+    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), -1)
 
 
-def philox(counter: list[torch.Tensor], key: list[torch.Tensor]) -> torch.Tensor:
-    """`philox_words` as one tensor, with an axis of the four words at the end."""
-    return torch.stack(torch.broadcast_tensors(*philox_words(counter, key)), -1)
+def philox_on_host(counter: Array, key: Array) -> Array:
+    """`philox` for small arrays: both products of a round at once, since NumPy's time is calls and not numbers.
+
+    Args:
+        counter: `[4, ...]` uint64, 32-bit words.
+        key: `[2, ...]` uint64, 32-bit words.
+
+    Returns:
+        `[4, ...]` uint64, 32-bit words.
+    """
+    rounds = np.arange(10, dtype=np.uint64).reshape(10, 1, *[1] * (key.ndim - 1))
+    keys = key + rounds * _WEYL_COLUMN.reshape(2, *[1] * (key.ndim - 1)) & _WORD_U64
+    multipliers = _MULTIPLIER_COLUMN.reshape(2, *[1] * (counter.ndim - 1))
+    even, odd = counter[0::2], counter[1::2]
+    for round_key in keys:
+        product = even * multipliers
+        even = (product >> _HALF)[::-1] ^ odd ^ round_key
+        odd = (product & _WORD_U64)[::-1]
+    words = np.empty((4, *even.shape[1:]), np.uint64)
+    words[0::2], words[1::2] = even, odd
+    return words
 
 
-def uniforms(seeds: torch.Tensor, node: torch.Tensor, step: torch.Tensor, stream: int, count: int) -> torch.Tensor:
+_MULTIPLIER_COLUMN, _WEYL_COLUMN = np.array(_MULTIPLIERS, np.uint64), np.array(_WEYL, np.uint64)
+_WORD_U64, _HALF = np.uint64(_WORD), np.uint64(32)
+
+
+def uniforms(
+    seeds: torch.Tensor, node: int | torch.Tensor, step: int | torch.Tensor, stream: int, count: int
+) -> torch.Tensor:
     """`[rows, count]` f32: the numbers of counter (i // 4, node, step, stream) under each row's seed.
 
     Args:
         seeds: `[rows]` int64.
-        node, step: int64, `[rows]` or 0-dimensional.
+        node, step: an int, or an integer tensor `[rows]`.
         stream: what the numbers are for.
         count: numbers a row.
     """
     rows, blocks = seeds.shape[0], -(-count // 4)
-    if seeds.is_cpu:  # NumPy: the arrays are small, and a torch call costs three times as much
-        keys, nodes, steps = (np.atleast_1d(word.numpy())[:, None] for word in (seeds, node, step))
-        counter = [np.arange(blocks), nodes & _WORD, steps & _WORD, np.array([stream])]
-        words = np.empty((rows, blocks, 4), np.int64)
-        for lane, word in enumerate(philox_words(counter, [keys & _WORD, keys >> 32 & _WORD])):
-            words[:, :, lane] = word
-        words >>= 8
-        return torch.from_numpy((words.reshape(rows, blocks * 4)[:, :count] * np.float32(2.0**-24)).astype(np.float32))
+    if seeds.is_cpu:
+        counter = np.empty((4, rows, blocks), np.uint64)
+        counter[0], counter[3] = np.arange(blocks), stream
+        for lane, word in ((1, node), (2, step)):
+            counter[lane] = word if isinstance(word, int) else (word.numpy().astype(np.int64) & _WORD).reshape(-1, 1)
+        seed = seeds.numpy().view(np.uint64)[:, None]
+        words = philox_on_host(counter, np.stack([seed & _WORD_U64, seed >> _HALF]))
+        numbers_on_host = (words >> np.uint64(8)).astype(np.float32) * np.float32(2.0**-24)
+        return torch.from_numpy(np.moveaxis(numbers_on_host, 0, 2).reshape(rows, blocks * 4)[:, :count])
+    lanes = [torch.arange(blocks, device=seeds.device)]
+    for word in (node, step, stream):
+        at = torch.tensor([word], device=seeds.device) if isinstance(word, int) else word.long().reshape(-1, 1)
+        lanes.append(at & _WORD)
     key = seeds.reshape(-1, 1)
-    lanes = torch.arange(blocks, device=seeds.device)
-    last = torch.tensor([stream], device=seeds.device)
-    words_on_device = philox(
-        [lanes, node.reshape(-1, 1) & _WORD, step.reshape(-1, 1) & _WORD, last], [key & _WORD, key >> 32 & _WORD]
-    )
+    words_on_device = philox(lanes, [key & _WORD, key >> 32 & _WORD])
     numbers = words_on_device.expand(rows, blocks, 4).reshape(rows, blocks * 4)[:, :count]
     return (numbers >> 8).float().mul_(2.0**-24)
 
@@ -123,10 +144,7 @@ def _draw_uniforms(
         from . import _random_triton  # only here may triton be imported
 
         return _random_triton.draw_uniforms(seeds, step, step_tensor, count)
-    if step_tensor is None:
-        step_tensor = torch.full((), step, dtype=torch.int64, device=seeds.device)
-    zero = torch.zeros((), dtype=torch.int64, device=seeds.device)
-    return uniforms(seeds, zero, step_tensor.long(), VERIFY_STREAM, count).contiguous()
+    return uniforms(seeds, 0, step if step_tensor is None else step_tensor, VERIFY_STREAM, count).contiguous()
 
 
 def _fake(seeds: torch.Tensor, step: int, step_tensor: torch.Tensor | None, count: int, backend: str) -> torch.Tensor:
