@@ -57,6 +57,13 @@ class Sampling:
         )
         return Sampling(t, k, p, m, None)
 
+    def on_arrays(self, index: list[int]) -> Sampling:
+        """`take`, with its arrays even where one number says it all."""
+        if self.plain is None:
+            return self.take(index)
+        one = np.ones(len(index))
+        return Sampling(one / self.plain, 0 * one, one, 0 * one, None)
+
     def out_of_range(self) -> Array | bool:
         """`[count]` bool: requests with a parameter outside its range, NaN included."""
         if self.plain is not None:
@@ -372,36 +379,30 @@ def fill(p: torch.Tensor, q: torch.Tensor, want: Mass | Draw, weights: torch.Ten
         weights[token] = 0.0
 
 
-def residual(
+def fill_rows(
     p: torch.Tensor, q: torch.Tensor, slots: list[int], wants: list[Mass | Draw], weights: torch.Tensor
-) -> Array:
-    """`fill` for several rows at once, and the masses of their blocks.
+) -> None:
+    """`fill` for several rows at once.
 
     Args:
         p, q: `[slots, vocab]` f32.
         slots: the row of p and q that each entry of `wants` is about.
         wants: a row each.
-        weights: `[rows or more, padded vocab]` f32; the first rows are written.
-
-    Returns:
-        `[rows, blocks]` f32, the mass of each run of `DRAW_BLOCK` weights.
+        weights: `[rows, vocab]` f32.
     """
-    rows, vocab = len(slots), p.shape[1]
     device = p.device
     index = np.array(slots)
-    out = weights[:rows, :vocab]
     beta_over_w = np.array([want.beta / (want.w or 1.0) for want in wants])
     if beta_over_w.any():
         use_p = np.array([want.w != 0.0 for want in wants], np.float32)
-        torch.mul(take(p, index), _column(use_p, device), out=out)
-        out.addcmul_(take(q, index), _column(-beta_over_w, device)).clamp_(min=0.0)
+        torch.mul(take(p, index), _column(use_p, device), out=weights)
+        weights.addcmul_(take(q, index), _column(-beta_over_w, device)).clamp_(min=0.0)
     else:
-        out.copy_(take(p, index))
+        weights.copy_(take(p, index))
     pairs = [(row, token) for row, want in enumerate(wants) for token in want.without]
     if pairs:
         at = torch.tensor(pairs, device=device)
-        out[at[:, 0], at[:, 1]] = 0.0
-    return host(draw_blocks(weights[:rows]).sum(-1))
+        weights[at[:, 0], at[:, 1]] = 0.0
 
 
 def draw(weights: torch.Tensor, masses: Array, u_block: list[float], u_place: list[float]) -> list[int | None]:

@@ -6,6 +6,7 @@ vocabulary, so only rows on a request's own path are read. Requests are taken in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +19,7 @@ from ._rows_torch import Array, Sampling, host
 from .types import PLACEHOLDER, Status
 
 
-class _Side:
+class Side:
     """The target's or the draft's rows: where a node's row is, and how it becomes a law over the target's vocabulary.
 
     Args:
@@ -121,13 +122,13 @@ def _topology(parents: tuple[int, ...]) -> list[list[int]] | None:
     return children
 
 
-class _Batch:
+class Batch:
     """The small inputs on the host, what is wrong with them, and each request's tree."""
 
     def __init__(
         self,
-        target: _Side,
-        draft: _Side | None,
+        target: Side,
+        draft: Side | None,
         tokens: torch.Tensor,
         parents: torch.Tensor,
         uniforms: torch.Tensor,
@@ -252,7 +253,7 @@ class _Outputs:
         return path.to(device), length.to(device), emitted.to(device), status.to(device)
 
 
-class _Walk:
+class Walk:
     """One request under way: its coroutine and what it waits for."""
 
     __slots__ = ("request", "rule", "slot", "tree", "wants")
@@ -265,11 +266,11 @@ class _Walk:
 class _Alone:
     """Answers one request's rule: the schedule for long rows, where a pass is worth more than a batch of them."""
 
-    def __init__(self, batch: _Batch, room: rows_torch.Buffers) -> None:
+    def __init__(self, batch: Batch, room: rows_torch.Buffers) -> None:
         self.batch, self.room = batch, room
         self.p, self.q = room.first_p, room.first_q
 
-    def run(self, walk: _Walk, outputs: _Outputs) -> None:
+    def run(self, walk: Walk, outputs: _Outputs) -> None:
         """Run the rule to its end."""
         send, wants = walk.rule.send, walk.wants
         room = self.room
@@ -318,10 +319,10 @@ class _Alone:
         return p_at, q.at(tokens)
 
 
-class _Together:
+class Together:
     """Answers the rules of several requests: the schedule for short rows, as passes over `[requests, vocab]`."""
 
-    def __init__(self, batch: _Batch, walks: list[_Walk], room: rows_torch.Buffers) -> None:
+    def __init__(self, batch: Batch, walks: list[Walk], room: rows_torch.Buffers) -> None:
         self.batch, self.walks = batch, walks
         self.p, self.q, self.weights = room.p[: len(walks)], room.q[: len(walks)], room.weights[: len(walks)]
         # whose weights the buffer holds, and which
@@ -350,7 +351,7 @@ class _Together:
             if done:
                 alive = [walk for walk in alive if walk not in done]
 
-    def _rows(self, asking: list[_Walk]) -> list[Any]:
+    def _rows(self, asking: list[Walk]) -> list[Any]:
         """Load p, and q where there are children; answered with their values at the children's tokens."""
         self.held = []
         broken = self._load(asking, self.p, self.batch.target)
@@ -365,12 +366,12 @@ class _Together:
         answers: list[Any] = list(zip(p, q, strict=True))
         return [broken.get(w, a) for w, a in zip(asking, answers, strict=True)] if broken else answers
 
-    def _load(self, asking: list[_Walk], buffer: torch.Tensor, side: _Side) -> dict[_Walk, Status]:
+    def _load(self, asking: list[Walk], buffer: torch.Tensor, side: Side) -> dict[Walk, Status]:
         some = None if len(asking) == len(self.walks) else [walk.slot for walk in asking]
         status = side.load([walk.request for walk in asking], [walk.wants.node for walk in asking], buffer, some)
         return {walk: bits for walk, bits in zip(asking, status, strict=True) if bits} if status else {}
 
-    def _mass(self, asking: list[_Walk]) -> list[float | Status]:
+    def _mass(self, asking: list[Walk]) -> list[float | Status]:
         total: list[float] = self._fill(asking).sum(1).tolist()
         # the buffer holds (p - beta / w q)_+, or q itself
         return [
@@ -378,22 +379,23 @@ class _Together:
             for mass, walk in zip(total, asking, strict=True)
         ]
 
-    def _draw(self, asking: list[_Walk]) -> list[int | None]:
+    def _draw(self, asking: list[Walk]) -> list[int | None]:
         if self.held != [(walk.slot, walk.wants) for walk in asking]:
             self._fill(asking)
         uniforms = [walk.tree.uniforms[-2:] for walk in asking]
         return rows_torch.draw(self.weights, self.masses, [u for u, _ in uniforms], [u for _, u in uniforms])
 
-    def _fill(self, asking: list[_Walk]) -> Array:
+    def _fill(self, asking: list[Walk]) -> Array:
         """Put each request's (w p - beta q)_+ / w outside `without` into the weights, and sum its blocks."""
         wants = [walk.wants for walk in asking]
         slots = [walk.slot for walk in asking]
-        self.masses = rows_torch.residual(self.p, self.q, slots, wants, self.weights)
+        rows_torch.fill_rows(self.p, self.q, slots, wants, self.weights[: len(asking), : self.p.shape[1]])
+        self.masses = host(rows_torch.draw_blocks(self.weights[: len(asking)]).sum(-1))
         self.held = list(zip(slots, wants, strict=True))
         return self.masses
 
 
-def verify(
+def run(
     target_logits: torch.Tensor,
     draft_logits: torch.Tensor | None,
     tokens: torch.Tensor,
@@ -413,14 +415,22 @@ def verify(
     point_nodes: torch.Tensor | None,
     bitmask: torch.Tensor | None,
     draft_ids: torch.Tensor | None,
+    *,
+    vocab: int,
+    answers: Callable[[Batch, list[Walk]], Together] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The operator behind `mcsd_kernels.verify`; arguments as there, already checked."""
-    batch, vocab = tokens.shape[0], target_logits.shape[-1]
+    """The operator behind `mcsd_kernels.verify`; arguments as there, already checked.
+
+    Args:
+        vocab: tokens of the target.
+        answers: who answers the rules of all requests together; None: this module, some requests at a time.
+    """
+    batch = tokens.shape[0]
     target_law = Sampling.on_host(sampling, sampling_tensors, batch) if inputs == "logits" else None
     draft_law = Sampling.on_host(draft_sampling, draft_sampling_tensors, batch) if draft_inputs == "logits" else None
-    work = _Batch(
-        _Side(target_logits, target_rows, target_law, vocab, bitmask=bitmask),
-        None if draft_logits is None else _Side(draft_logits, draft_rows, draft_law, vocab, ids=draft_ids),
+    work = Batch(
+        Side(target_logits, target_rows, target_law, vocab, bitmask=bitmask),
+        None if draft_logits is None else Side(draft_logits, draft_rows, draft_law, vocab, ids=draft_ids),
         tokens,
         parents,
         uniforms,
@@ -435,18 +445,29 @@ def verify(
         refused = faults & ~int(Status.BAD_TOKEN) != 0
         outputs.emitted[refused, 0] = PLACEHOLDER
         todo = np.flatnonzero(~refused).tolist()
-    step = rows_torch.chunk_rows(work.vocab)
     device = target_logits.device
-    if step == 1:
-        alone = _Alone(work, rows_torch.buffers(1, work.vocab, device))
+    size = rows_torch.chunk_rows(vocab) if answers is None else max(len(todo), 1)
+    if size == 1 and answers is None:
+        alone = _Alone(work, rows_torch.buffers(1, vocab, device))
         for request in todo:
             tree = work.tree(request)
-            alone.run(_Walk(request, tree, program(tree, proposal)), outputs)
+            alone.run(Walk(request, tree, program(tree, proposal)), outputs)
         return outputs.tensors(device)
-    for start in range(0, len(todo), step):
+    for start in range(0, len(todo), size):
         walks = []
-        for slot, request in enumerate(todo[start : start + step]):
+        for slot, request in enumerate(todo[start : start + size]):
             tree = work.tree(request)
-            walks.append(_Walk(request, tree, program(tree, proposal), slot))
-        _Together(work, walks, rows_torch.buffers(len(walks), work.vocab, device)).run(outputs)
+            walks.append(Walk(request, tree, program(tree, proposal), slot))
+        if answers is None:
+            together = Together(work, walks, rows_torch.buffers(len(walks), vocab, device))
+        else:
+            together = answers(work, walks)
+        together.run(outputs)
     return outputs.tensors(device)
+
+
+def verify(
+    target_logits: torch.Tensor, *arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`run` with the vocabulary of the logits."""
+    return run(target_logits, *arguments, vocab=target_logits.shape[-1])

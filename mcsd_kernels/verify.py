@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ def verify(
     point_nodes: torch.Tensor | None = None,
     bitmask: torch.Tensor | None = None,
     draft_ids: torch.Tensor | None = None,
+    group: Any = None,
 ) -> Verified:
     """Accept the longest path of each token tree that keeps the target's law, and draw the token that follows it.
 
@@ -80,6 +83,10 @@ def verify(
             whose bit v % 32 of word v // 32 is set, before temperature and filters (a grammar's mask).
         draft_ids: `[columns]` int64, the target's token of each column of `draft_logits`, for a draft with a vocabulary
             of its own. Tokens stay the target's; a column whose id is no token of the target counts for nothing.
+        group: a `torch.distributed` process group whose ranks each hold a slice of the vocabulary: both sides' rows are
+            then this rank's columns (consecutive, in the order of the ranks, as many as it likes), everything else,
+            the bitmask included, is the same on all ranks, and so is the result. Ranks exchange sums, never rows. Not
+            with `draft_ids`, and not inside `torch.compile`.
 
     Returns:
         `Verified(path, length, tokens, status)`, all on the device of the logits.
@@ -101,6 +108,8 @@ def verify(
     if nodes == 0:
         raise ValueError("tokens: expected at least one node, the root, got [batch, 0]")
     vocab = _check_logits("target_logits", target_logits, "target_rows", target_rows, batch, nodes, None)
+    if vocab == 0 and group is None:  # a rank may hold no column
+        raise ValueError(f"target_logits: expected a vocabulary of at least one token, got {list(target_logits.shape)}")
     if proposal == "point":
         if draft_rows is not None and draft_logits is None:
             raise ValueError("draft_rows: expected None without draft_logits, got a tensor")
@@ -122,7 +131,7 @@ def verify(
         one_tree = isinstance(point_nodes, torch.Tensor) and point_nodes.dim() == 1
         check.tensor("point_nodes", point_nodes, (nodes,) if one_tree else (batch, nodes), (torch.bool,))
     if bitmask is not None:
-        check.tensor("bitmask", bitmask, (batch, nodes, -(-vocab // 32)), (torch.int32,))
+        check.tensor("bitmask", bitmask, (batch, nodes, -(-vocab // 32) if group is None else None), (torch.int32,))
     check.same_device("target_logits", target_logits, same | {"point_nodes": point_nodes, "bitmask": bitmask})
     if inputs == "probabilities":
         _check_unused("inputs", {"sampling": sampling, "bitmask": bitmask})
@@ -137,8 +146,14 @@ def verify(
     check.whole("max_depth", max_depth, 0)
     check.choice("backend", backend, (None, *BACKENDS))
 
+    if group is not None:
+        if draft_ids is not None or backend == "triton":
+            raise ValueError('group: expected None with draft_ids or backend="triton", got a process group')
+        run: Callable[..., Any] = _parallel(group)
+    else:
+        run = _OPERATOR
     return Verified(
-        *_OPERATOR(
+        *run(
             target_logits,
             draft_logits,
             tokens,
@@ -158,9 +173,16 @@ def verify(
             point_nodes,
             bitmask,
             draft_ids,
-            backend or "",
+            *([backend or ""] if group is None else []),
         )
     )
+
+
+def _parallel(group: Any) -> Callable[..., Any]:
+    """Verification by the ranks of a group."""
+    from . import _verify_parallel  # torch.distributed is not in every build of torch
+
+    return partial(_verify_parallel.verify, group)
 
 
 def _check_unused(name: str, arguments: dict[str, Any]) -> None:
@@ -189,8 +211,6 @@ def _check_logits(
     else:
         check.tensor(name, logits, (None, vocab), check.FLOATS)
         check.tensor(rows_name, rows, (batch, nodes), check.INTEGERS)
-    if logits.shape[-1] == 0:
-        raise ValueError(f"{name}: expected a vocabulary of at least one token, got {list(logits.shape)}")
     check.contiguous_last_axis(name, logits)
     return logits.shape[-1]
 
