@@ -254,7 +254,7 @@ class _Visit:
 
     def enter(self, child: Child, scale: float, mass: float) -> Step:
         """Enter a child with weight min(1, mass / scale); None: it failed, and this node's rows are loaded again."""
-        if mass <= scale * _NO_WEIGHT:
+        if not mass > scale * _NO_WEIGHT:  # NaN, of rows that are no laws, included
             return None
         node, x = child
         w = 1.0 if mass >= scale else mass / scale

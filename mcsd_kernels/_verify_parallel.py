@@ -16,7 +16,7 @@ import torch.distributed as dist
 from . import _rows_torch as rows_torch
 from . import _rules as rules
 from ._rows_torch import Array, Sampling, first_above, host
-from ._verify_torch import Batch, Side, Together, Walk, run
+from ._verify_torch import Batch, Side, Together, Walk, mass_of, run, sound
 from .types import DRAW_BLOCK, Status
 
 
@@ -93,12 +93,13 @@ class _Apart(Together):
         for buffer in (self.p, self.q) if self.batch.draft is not None else (self.p,):
             values = rows_torch.read(buffer, slots, own)
             found.append(np.array([value for row in values for value in row]))
-        p, q = (both := self.ranks.sum(np.stack(found)))[0], both[-1]
+        p, q = (sides := self.ranks.sum(np.stack(found)))[0], sides[-1]
         answers: list[Any] = []
         start = 0
         for walk in asking:
             end = start + len(walk.wants.tokens)
-            answers.append(broken.get(walk) or (p[start:end].tolist(), q[start:end].tolist()))
+            both = p[start:end].tolist(), q[start:end].tolist()
+            answers.append(broken.get(walk) or (both if sound(*both) else Status.NAN_ROW))
             start = end
         return answers
 
@@ -191,10 +192,7 @@ class _Apart(Together):
 
     def _mass(self, asking: list[Walk]) -> list[float | Status]:
         total = self.ranks.sum(self._fill(asking).sum(1)).tolist()
-        return [
-            Status.NAN_ROW if mass != mass else mass * (walk.wants.w or 1.0)
-            for mass, walk in zip(total, asking, strict=True)
-        ]
+        return [mass_of(mass, walk.wants) for mass, walk in zip(total, asking, strict=True)]
 
     def _draw(self, asking: list[Walk]) -> list[int | None]:
         masses = np.zeros((len(asking), -(-self.ranks.vocab // DRAW_BLOCK)))

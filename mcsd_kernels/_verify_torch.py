@@ -263,6 +263,19 @@ class Walk:
         self.wants: Any = next(rule)
 
 
+def mass_of(total: float, wants: rules.Mass) -> float | Status:
+    """A rule's answer to the sum of the weights, (p - beta / w q)_+ or q itself; laws handed over may be none."""
+    return total * (wants.w or 1.0) if 0.0 <= total < _INFINITY else Status.NAN_ROW
+
+
+def sound(*values: list[float]) -> bool:
+    """Whether these can be probabilities; laws handed over may be none."""
+    return all(0.0 <= value < _INFINITY for some in values for value in some)
+
+
+_INFINITY = float("inf")
+
+
 class _Alone:
     """Answers one request's rule: the schedule for long rows, where a pass is worth more than a batch of them."""
 
@@ -289,9 +302,7 @@ class _Alone:
                         masses = room.sum_blocks()
                         held = wants
                     if kind is rules.Mass:
-                        answer = float(masses.sum()) * (wants.w or 1.0)
-                        if answer != answer:
-                            answer = Status.NAN_ROW
+                        answer = mass_of(float(masses.sum()), wants)
                     else:
                         u = walk.tree.uniforms
                         answer = room.draw(u[-2], u[-1])
@@ -311,12 +322,13 @@ class _Alone:
             return [], []
         p_at = p.at(tokens)
         if self.batch.draft is None:
-            return p_at, p_at
+            return (p_at, p_at) if sound(p_at) else Status.NAN_ROW
         q = self.batch.draft.law(request, node, self.room.first_q)
         if isinstance(q, Status):
             return q
         self.q = q
-        return p_at, q.at(tokens)
+        q_at = q.at(tokens)
+        return (p_at, q_at) if sound(p_at, q_at) else Status.NAN_ROW
 
 
 class Together:
@@ -363,7 +375,7 @@ class Together:
         tokens = [walk.wants.tokens for walk in asking]
         p = rows_torch.read(self.p, slots, tokens)
         q = p if self.batch.draft is None else rows_torch.read(self.q, slots, tokens)
-        answers: list[Any] = list(zip(p, q, strict=True))
+        answers: list[Any] = [both if sound(*both) else Status.NAN_ROW for both in zip(p, q, strict=True)]
         return [broken.get(w, a) for w, a in zip(asking, answers, strict=True)] if broken else answers
 
     def _load(self, asking: list[Walk], buffer: torch.Tensor, side: Side) -> dict[Walk, Status]:
@@ -374,10 +386,7 @@ class Together:
     def _mass(self, asking: list[Walk]) -> list[float | Status]:
         total: list[float] = self._fill(asking).sum(1).tolist()
         # the buffer holds (p - beta / w q)_+, or q itself
-        return [
-            Status.NAN_ROW if mass != mass else mass * (walk.wants.w or 1.0)
-            for mass, walk in zip(total, asking, strict=True)
-        ]
+        return [mass_of(mass, walk.wants) for mass, walk in zip(total, asking, strict=True)]
 
     def _draw(self, asking: list[Walk]) -> list[int | None]:
         if self.held != [(walk.slot, walk.wants) for walk in asking]:
