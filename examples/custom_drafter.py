@@ -1,4 +1,4 @@
-"""A drafter of one's own: whatever it proposes, the text keeps the target's law.
+"""A drafter of one's own, alone and merged with prompt lookup: whatever it proposes, the text keeps the target's law.
 
 python examples/custom_drafter.py [TARGET]
 """
@@ -8,6 +8,7 @@ import sys
 import torch
 
 import mcsd
+from mcsd.drafters import MergedDrafter, NgramDrafter
 from mcsd.models import load_target
 
 
@@ -30,3 +31,7 @@ inputs = tokenizer("1, 2, 3, 1, 2, 3, 1, 2, 3,", return_tensors="pt")
 generation = mcsd.generate(target, RecentTokens(), inputs.input_ids, max_new_tokens=32, temperature=0)
 print(tokenizer.decode(generation.sequences[0], skip_special_tokens=True))
 print(f"{generation.stats.tokens_per_call:.2f} tokens per target call")
+
+both = MergedDrafter([RecentTokens(), NgramDrafter()])
+stats = mcsd.generate(target, both, inputs.input_ids, max_new_tokens=32, temperature=0).stats
+print(f"{stats.tokens_per_call:.2f} with prompt lookup beside it; accepted by drafter: {stats.accepted_by_origin}")

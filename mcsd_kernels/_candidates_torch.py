@@ -47,8 +47,8 @@ def draw_candidates(
         for start in range(0, len(todo), size):
             some = todo[start : start + size]
             masses, blocks = _laws(rows_torch.take(draft_logits, np.array(some)), sampling.take(some))
-            for row, *law in zip(some, masses, blocks, strict=True):
-                tokens[row] = _draw(draft_logits[row], *law, k, coins[row], proposal)
+            for row, sums, inside in zip(some, masses, blocks, strict=True):
+                tokens[row] = _draw(draft_logits[row], sums, inside, k, coins[row], proposal)
     return torch.from_numpy(tokens).to(draft_logits.device)
 
 

@@ -108,6 +108,21 @@ def test_draft_logits_are_plain_logits_at_every_step(
     assert drafter.error < 1e-4
 
 
+# three children, of which the first has two and the last one; the nodes are numbered depth first
+UNEVEN = [-1, 0, 1, 2, 1, 0, 0, 6]
+
+
+@pytest.mark.parametrize("proposal", ["without_replacement", "with_replacement", "greedy"])
+def test_trees_of_any_shape(proposal: str, llama: PreTrainedModel) -> None:
+    ids, mask = pad(PROMPTS)
+    drafter = Watched(perturbed(llama), proposal=proposal, parents=UNEVEN)
+    found = mcsd.generate(llama, drafter, ids, mask, max_new_tokens=20, seed=5)
+    assert found.stats.accepted_by_depth[2] > 0 and found.stats.status == [0, 0, 0]
+    assert drafter.rows > 30 and drafter.error < 1e-4
+    found = mcsd.generate(llama, drafter, ids, mask, max_new_tokens=20, temperature=0.0)
+    assert torch.equal(found.sequences, greedy(llama, ids, mask, 20))
+
+
 @pytest.mark.parametrize("name", ["mistral", "gemma3_text", "gpt2", "gpt_oss", "gptj"])
 def test_draft_logits_in_other_architectures(name: str, llama: PreTrainedModel) -> None:
     model = tiny(name)
@@ -168,6 +183,21 @@ def test_what_a_drafter_draws_depends_on_seed_and_step_alone(llama: PreTrainedMo
     # the children of sister nodes are drawn apart
     chains = tokens([PROMPTS[1]] * 64, list(range(64)), 0)
     assert any(len({tuple(pair) for pair in row[4:].view(3, 2).tolist()}) > 1 for row in chains)
+
+
+def test_a_text_at_the_end_of_its_room_beside_one_that_grows(llama: PreTrainedModel) -> None:
+    state = state_of([prompt(60, 1), prompt(5, 2)], capacity=60, active=[False, True])
+    drafter = Watched(llama, (1, 1))
+    drafter.alone = False
+    with torch.inference_mode():
+        drafter.begin(state)
+        drafter.propose(state)
+        drafter.keep(state, torch.tensor([[0, -1], [0, -1]]), torch.tensor([1, 1]))
+        state.sequences[1] += prompt(20, 3)  # as after a long path of another drafter, in a merged tree
+        state.refresh()
+        drafter.propose(state)
+        drafter.end()
+    assert drafter.error < 1e-4 and drafter.rows == 4
 
 
 def test_a_drafter_may_be_used_again(llama: PreTrainedModel) -> None:

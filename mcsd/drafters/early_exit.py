@@ -1,0 +1,121 @@
+"""Early exit: the target's own first layers, with its norm and head, as the draft model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..attention import takes_tree_attention, tree_attention_in
+from ..scoring import UnsupportedModelError, refusal
+from ..trees import chain_bits
+from .base import State
+from .model import ModelDrafter
+from .stopping import Stopping
+
+
+class EarlyExitDrafter(ModelDrafter):
+    """Drafts with the first layers of the target itself; no weights are copied, and the cache is the target's.
+
+    What the first layers have computed for the text is in the target's cache already, so the drafter reads no prompt
+    and keeps nothing: it writes its nodes to the slots after the prefix, where the target's own forward then overwrites
+    them. (With a drafter of another model than the one that `generate` decodes it has a cache of its own.)
+
+    How much the drafts are worth depends on the model: one trained for early exit, as LayerSkip does, predicts well
+    from half of its layers; an ordinary one often does not.
+
+    Args:
+        target: the model that is decoded.
+        layers: how many of its layers draft, from the first one on.
+        branching, proposal, parents, stopping: see `ModelDrafter`.
+
+    Raises:
+        UnsupportedModelError: the model is not a plain stack of layers, a norm and a head; the text says why.
+        ValueError: `layers` is not between 1 and one less than the target has, or the tree is wrong.
+
+    Source: Elhoushi et al., arXiv 2404.16710 (LayerSkip); Zhang et al., arXiv 2309.08168 (self-speculation).
+    """
+
+    reads_cache = True
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        layers: int,
+        branching: Sequence[int] = (4, 2, 2),
+        proposal: str = "without_replacement",
+        *,
+        parents: Sequence[int] | None = None,
+        stopping: Stopping | None = None,
+    ) -> None:
+        super().__init__(first_layers(target, layers), branching, proposal, parents=parents, stopping=stopping)
+        self.target, self.layers = target, layers
+        self._shared = False
+
+    def begin(self, state: State) -> None:
+        """Take the target's cache, if it is the target that is decoded."""
+        scorer = state.scorer
+        self._shared = scorer is not None and scorer.model is self.target
+        if scorer is None or not self._shared:
+            self.attention = "auto"
+            if takes_tree_attention(self.target):  # the layers ask the target's configuration which attention to use
+                self._contexts.enter_context(tree_attention_in(self.target))
+            super().begin(state)
+            return
+        self.attention = "tree" if scorer.tree else "dense"
+        nothing_to_read = copy.copy(state)
+        nothing_to_read.sequences = [sequence[-1:] for sequence in state.sequences]
+        super().begin(nothing_to_read)
+        self._scorer.cache = scorer.cache
+
+    def keep(self, state: State, path: torch.Tensor, length: torch.Tensor) -> None:
+        """The target keeps what was accepted."""
+        if not self._shared:
+            super().keep(state, path, length)
+
+    def _read(self, state: State) -> torch.Tensor:
+        """Read the root; all before it is in the target's cache."""
+        if not self._shared:
+            return super()._read(state)
+        return self._scorer.score(state.tail[:, -1:], chain_bits(1, state.device), None, state.prefix)
+
+
+def first_layers(target: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """A causal language model of the target's first layers, its final norm and its head; every weight is the target's.
+
+    Raises:
+        UnsupportedModelError, ValueError: as `EarlyExitDrafter`.
+    """
+    reason = refusal(target)
+    if reason:
+        raise UnsupportedModelError(f"target: {reason}")
+    name = type(target).__name__
+    decoder = target.get_decoder()
+    owners = [path for path, part in target.named_children() if part is decoder]
+    if len(owners) != 1 or decoder.config is not target.config:
+        raise UnsupportedModelError(f"target: early exit needs a decoder right under the head, {name} has it elsewhere")
+    total = target.config.num_hidden_layers
+    stacks = [path for path, part in decoder.named_children() if isinstance(part, nn.ModuleList) and len(part) == total]
+    if len(stacks) != 1:
+        raise UnsupportedModelError(f"target: early exit needs one list of {total} layers, {name} has {len(stacks)}")
+    if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers < total:
+        raise ValueError(f"layers: expected a whole number in [1, {total - 1}] for {name}, got {layers!r}")
+    config = copy.deepcopy(target.config)
+    config.num_hidden_layers = layers
+    if vars(config).get("layer_types") is not None:
+        config.layer_types = config.layer_types[:layers]
+    head, body = _view(target), _view(decoder)
+    head.config = body.config = config
+    setattr(body, stacks[0], getattr(decoder, stacks[0])[:layers])
+    setattr(head, owners[0], body)
+    return head
+
+
+def _view(module: PreTrainedModel) -> PreTrainedModel:
+    """The same module, whose parts can be replaced without the original noticing."""
+    other: PreTrainedModel = module.__class__.__new__(module.__class__)
+    other.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in module.__dict__.items()}
+    return other
