@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from . import _checks as check
+from ._backend import choose
 from ._library import operator
 from .tree import dense_mask, unpack_bits
+
+# Longest row of keys or values that the Triton kernel takes.
+LARGEST_TRITON_HEAD = 256
 
 
 def tree_attention(
@@ -24,6 +30,7 @@ def tree_attention(
     softcap: float | None = None,
     block_table: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """Attention of tree nodes over a key-value cache that holds the prefix and then the tree's nodes.
 
@@ -44,12 +51,13 @@ def tree_attention(
         block_table: `[batch, blocks a request]` int32 or int64: slot s of request b is entry s % block_size of block
             block_table[b, s // block_size].
         sinks: `[q_heads]`, a score a head that takes part in the softmax and has no value; None: none.
+        backend: "torch" or "triton"; None to choose by device.
 
     Returns:
-        like `query`. A row that sees nothing is zero.
+        like `query`, with the last axis of `value`. A row that sees nothing is zero.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or number.
+        ValueError: a wrong shape, dtype, device or number, or a backend that cannot run here.
     """
     check.tensor("query", query, (None, None, None, None), check.FLOATS)
     batch, heads, rows, width = query.shape
@@ -84,6 +92,9 @@ def tree_attention(
         raise ValueError(f"scale: expected a finite number or None, got {scale!r}")
     if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < math.inf):
         raise ValueError(f"softcap: expected a finite positive number or None, got {softcap!r}")
+    chosen = choose(backend, query.device)
+    if backend is None and max(width, value.shape[3]) > LARGEST_TRITON_HEAD:
+        chosen = "torch"
     output: torch.Tensor = _OPERATOR(
         query,
         key,
@@ -95,11 +106,21 @@ def tree_attention(
         softcap,
         block_table,
         sinks,
+        chosen,
     )
     return output
 
 
-def _tree_attention(
+def _tree_attention(*arguments: Any) -> torch.Tensor:
+    *rest, backend = arguments
+    if backend == "triton":
+        from . import _attention_triton  # only here may triton be imported
+
+        return _attention_triton.tree_attention(*rest)
+    return _torch_attention(*rest)
+
+
+def _torch_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -111,45 +132,72 @@ def _tree_attention(
     block_table: torch.Tensor | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    batch, heads = query.shape[:2]
+    heads = query.shape[1]
     if block_table is not None:
         key, value = _gather_blocks(key, block_table), _gather_blocks(value, block_table)
     nodes = min(ancestors.shape[-1] * 32, key.shape[2])
-    used = key.shape[2]
-    if query.device.type == "cpu" and batch:
-        used = min(used, int(prefix_lengths.max()) + nodes)
-    key, value = key[:, :, :used], value[:, :, :used]
-    prefix = prefix_lengths.long()
-    visible = unpack_bits(ancestors, nodes)
-    mask = dense_mask(visible, prefix, used)
-    if window is not None:
-        mask &= _inside_window(visible, ancestors, prefix, used, window)
-    seen = mask.any(1)
-    # what nobody sees may hold anything, NaN too, and 0 * NaN is NaN; only the CPU looks first whether that can be
-    if not query.is_cpu or not bool(seen.all()):
-        key = torch.where(seen[:, None, :, None], key, 0.0)
-        value = torch.where(seen[:, None, :, None], value, 0.0)
-    mask = mask[:, None]
-    if softcap is None and sinks is None:
-        grouped = heads != key.shape[1]
-        output = F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=grouped)
-        return torch.where(mask.any(-1, keepdim=True), output, 0.0) if window is not None else output
+    hides = window is not None  # whether a row may see nothing without being told so by its bits
+    if query.is_cpu:
+        shown = _host_mask(ancestors.numpy(), prefix_lengths.tolist(), nodes, key.shape[2], window)
+        seen: np.ndarray[Any, Any] = np.asarray(shown.any(1))
+        first = int(seen.any(0).argmax()) if hides else 0
+        hides = hides and not shown.any(-1).all()
+        key, value = key[:, :, first : shown.shape[2]], value[:, :, first : shown.shape[2]]
+        mask, hidden = torch.from_numpy(shown[:, :, first:]), None
+        if not seen[:, first:].all():
+            hidden = torch.from_numpy(~seen[:, None, first:, None])
+    else:
+        visible, prefix = unpack_bits(ancestors, nodes), prefix_lengths.long()
+        mask = dense_mask(visible, prefix, key.shape[2])
+        if window is not None:
+            mask &= _inside_window(visible, prefix, key.shape[2], window)
+        hidden = ~mask.any(1)[:, None, :, None]
+    if hidden is not None:  # what nobody sees may hold anything, NaN too, and 0 * NaN is NaN
+        key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
     group = heads // key.shape[1]
-    key, value = key.repeat_interleave(group, 1).float(), value.repeat_interleave(group, 1).float()
-    scores = (query.float() @ key.transpose(-1, -2)) * scale
+    if softcap is None and sinks is None:
+        output = F.scaled_dot_product_attention(query, key, value, mask[:, None], scale=scale, enable_gqa=group > 1)
+        return torch.where(mask.any(-1)[:, None, :, None], output, 0.0) if hides else output
+    # the heads that share keys are rows of one product: [batch, kv_heads, group, rows, slots]
+    rows = query.unflatten(1, (key.shape[1], group)).flatten(2, 3)
+    scores = (rows.float() @ key.float().transpose(-1, -2)) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask, -torch.inf)
+    scores = scores.unflatten(2, (group, -1)).masked_fill(~mask[:, None, None], -torch.inf)
     top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
     if sinks is not None:
-        top = torch.maximum(top, sinks.float()[None, :, None, None])
+        sinks = sinks.float().reshape(-1, group, 1, 1)
+        top = torch.maximum(top, sinks)
     weights = torch.exp(scores - top)
     total = weights.sum(-1, keepdim=True)
     if sinks is not None:
-        total = total + torch.exp(sinks.float()[None, :, None, None] - top)
+        total = total + torch.exp(sinks - top)
     # a row that sees nothing has a total of 0 and weights of 0
-    output = (weights @ value) / torch.where(total > 0, total, 1.0)
-    return output.to(query.dtype)
+    weights = weights / torch.where(total > 0, total, 1.0)
+    output = weights.flatten(2, 3) @ value.float()
+    return output.reshape(*query.shape[:3], value.shape[-1]).to(query.dtype)
+
+
+def _host_mask(
+    ancestors: np.ndarray[Any, Any], prefix_lengths: list[int], nodes: int, slots: int, window: int | None
+) -> np.ndarray[Any, Any]:
+    """`[batch, rows, slots in use]` bool: `dense_mask` and `_inside_window` on a host, in a tenth of their time."""
+    used = min(slots, max(prefix_lengths, default=0) + nodes)
+    bits = np.unpackbits(np.ascontiguousarray(ancestors).view(np.uint8), axis=-1, bitorder="little", count=nodes)
+    bits = bits.astype(bool)
+    batch, rows = len(prefix_lengths), bits.shape[1]
+    mask = np.zeros((batch, rows, used), bool)
+    near = bits
+    if window is not None:
+        held = bits.sum(-1)  # a row's depth + 1
+        near = bits & (held[..., None] - bits.cumsum(-1) < window)
+    for b, prefix in enumerate(prefix_lengths):
+        b_or_0 = b if len(bits) > 1 else 0
+        mask[b, :, :prefix] = True
+        if window is not None:
+            mask[b, :, :prefix] = np.arange(min(prefix, used)) >= (prefix + held[b_or_0] - window)[:, None]
+        mask[b, :, prefix : prefix + nodes] = near[b_or_0][:, : max(used - prefix, 0)]
+    return mask
 
 
 def _gather_blocks(cache: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
@@ -158,9 +206,7 @@ def _gather_blocks(cache: torch.Tensor, block_table: torch.Tensor) -> torch.Tens
     return pages.transpose(1, 2).flatten(2, 3)
 
 
-def _inside_window(
-    visible: torch.Tensor, ancestors: torch.Tensor, prefix: torch.Tensor, used: int, window: int
-) -> torch.Tensor:
+def _inside_window(visible: torch.Tensor, prefix: torch.Tensor, used: int, window: int) -> torch.Tensor:
     """`[batch, rows, used]` bool: slots less than `window` positions behind each row's own."""
     depth = visible.sum(-1) - 1  # [batch or 1, rows]
     slot = torch.arange(used, device=prefix.device)
@@ -183,13 +229,21 @@ def _fake(
     softcap: float | None,
     block_table: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    backend: str,
 ) -> torch.Tensor:
+    return empty_output(query, value, backend)
+
+
+def empty_output(query: torch.Tensor, value: torch.Tensor, backend: str) -> torch.Tensor:
+    """Where the result goes: in Triton in the memory order of the query, so that a caller's transpose costs nothing."""
+    if backend == "triton" and value.shape[-1] == query.shape[-1] and query.stride(-1) == 1:
+        return torch.empty_like(query)
     return query.new_empty(*query.shape[:3], value.shape[-1])
 
 
 _OPERATOR = operator(
     "tree_attention(Tensor query, Tensor key, Tensor value, Tensor ancestors, Tensor prefix_lengths, float scale,"
-    " SymInt? window, float? softcap, Tensor? block_table, Tensor? sinks) -> Tensor",
+    " SymInt? window, float? softcap, Tensor? block_table, Tensor? sinks, str backend) -> Tensor",
     _tree_attention,
     _fake,
 )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from test_tree import random_parents
 
-from mcsd_kernels import ancestor_bits, reference, tree_attention
+from mcsd_kernels import ancestor_bits, attention, reference, tree_attention
+from mcsd_kernels.tree import dense_mask, unpack_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -77,14 +79,23 @@ def torch_attention(
     return weights.to(value.dtype) @ value
 
 
-def check(arguments: tuple[torch.Tensor, ...], device: torch.device, **options: Any) -> None:
-    """Compare with the oracle: no worse than twice torch's own error plus a rounding of the largest entry."""
+def check(
+    arguments: tuple[torch.Tensor, ...],
+    device: torch.device,
+    attention: Callable[..., torch.Tensor] = tree_attention,
+    **options: Any,
+) -> None:
+    """Compare with the oracle: no worse than twice torch's own error plus a rounding of the largest entry.
+
+    Args:
+        attention: what is checked, called as `tree_attention`.
+    """
     query, key, value, ancestors, prefix = arguments
     moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     # copies that keep the strides
     there = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x) for x in arguments]
-    found = tree_attention(*there, **moved)
-    assert found.shape == query.shape and found.dtype == query.dtype and found.device == device
+    found = attention(*there, **moved)
+    assert found.shape == (*query.shape[:3], value.shape[3]) and found.dtype == query.dtype and found.device == device
     wanted = reference.tree_attention(*arguments, **options)
     table = options.pop("block_table", None)
     if table is not None:
@@ -252,6 +263,31 @@ def test_the_batch_does_not_matter(device: torch.device) -> None:
         torch.testing.assert_close(whole[b : b + 1], alone, rtol=0, atol=1e-6)
 
 
+def test_values_narrower_than_keys(device: torch.device) -> None:
+    query, key, value, ancestors, lengths = make(random_parents(12, 21), [9, 0])
+    value = value[..., :5]
+    wanted = reference.tree_attention(query, key, torch.nn.functional.pad(value, (0, 11)), ancestors, lengths)[..., :5]
+    for options in ({}, {"softcap": 1e6}):
+        found = tree_attention(*(x.to(device) for x in (query, key, value, ancestors, lengths)), **options)
+        assert found.shape == (2, 4, 12, 5)
+        torch.testing.assert_close(found.cpu().double(), wanted, rtol=0, atol=1e-5)
+
+
+def test_the_mask_of_the_host_is_the_mask_of_the_device() -> None:
+    """The torch backend builds its mask in NumPy on the CPU and by torch operators elsewhere."""
+    ancestors = ancestor_bits(random_parents(40, 9, padding=0.2, batch=3))
+    prefix = torch.tensor([70, 0, 9])
+    for nodes, slots in ((64, 134), (40, 110), (64, 75)):
+        bits = unpack_bits(ancestors, nodes)
+        for window in (None, 1, 4, 30, 1000):
+            wanted = dense_mask(bits, prefix, slots)
+            if window is not None:
+                wanted &= attention._inside_window(bits, prefix, slots, window)
+            found = attention._host_mask(ancestors.numpy(), prefix.tolist(), nodes, slots, window)
+            assert torch.equal(torch.from_numpy(found), wanted[..., : found.shape[2]])
+            assert not wanted[..., found.shape[2] :].any()
+
+
 def test_an_empty_batch(device: torch.device) -> None:
     arguments = [x[:0].to(device) for x in make(random_parents(5, 0, batch=2), [3, 3])]
     assert tree_attention(*arguments).shape == (0, 4, 5, 16)
@@ -291,6 +327,8 @@ def test_neither_the_inputs_nor_the_cache_change(device: torch.device) -> None:
         pytest.param("block_table", torch.zeros(2, 1, dtype=torch.int32), id="table-of-another-batch"),
         pytest.param("block_table", torch.zeros(1, 1), id="float-table"),
         pytest.param("sinks", torch.zeros(2), id="sinks-of-the-key-heads"),
+        pytest.param("backend", "cuda", id="no-such-backend"),
+        pytest.param("backend", "triton", id="triton-without-its-interpreter"),
     ],
 )
 def test_a_mistake_is_named(argument: str, value: Any) -> None:

@@ -196,9 +196,10 @@ OPERATORS: list[Any] = [
             "mixed",
             lambda: (torch.randn(3, 40), [1.0, 5.0, 0.9, 0.0], [torch.ones(3), None, None, None], "torch"),
         ),
-        ("ancestor_bits", "shared", lambda: (torch.tensor([-1, 0, 0, 1]),)),
-        ("ancestor_bits", "batched", lambda: (torch.tensor([[-1, 0, 0, 1]] * 3, dtype=torch.int32),)),
-        ("tree_attention_mask", "ragged", lambda: (torch.tensor([-1, 0, 0]), torch.tensor([2, 0]), 9)),
+        ("ancestor_bits", "shared", lambda: (torch.tensor([-1, 0, 0, 1]), "torch")),
+        ("ancestor_bits", "batched", lambda: (torch.tensor([[-1, 0, 0, 1]] * 3, dtype=torch.int32), "torch")),
+        ("node_depths", "two-words", lambda: (ancestor_bits(torch.arange(-1, 40)), "torch")),
+        ("tree_attention_mask", "ragged", lambda: (torch.tensor([-1, 0, 0]), torch.tensor([2, 0]), 9, "torch")),
         ("tree_attention", "plain", lambda: (*attention_call().values(), 0.25, None, None, None, None, "torch")),
         (
             "tree_attention",
@@ -208,7 +209,7 @@ OPERATORS: list[Any] = [
                 "torch",
             ),
         ),
-        ("keep_path", "ragged", lambda: tuple(keep_call().values())),
+        ("keep_path", "ragged", lambda: (*keep_call().values(), "torch")),
     ]
 ]  # fmt: skip
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mcsd_kernels import ancestor_bits, keep_path, reference, tree_attention_mask
+from mcsd_kernels.tree import node_depths
 
 
 def random_parents(nodes: int, seed: int, padding: float = 0.0, batch: int | None = None) -> torch.Tensor:
@@ -51,6 +52,27 @@ def test_ancestor_bits(parents: torch.Tensor, dtype: torch.dtype, device: torch.
     assert found.dtype == torch.int32 and found.device == device and found.is_contiguous()
     assert found.shape[0] == (parents.shape[0] if parents.dim() == 2 else 1)
     assert torch.equal(found.cpu(), reference.ancestor_bits(parents))
+
+
+@pytest.mark.parametrize("parents", TREES)
+def test_node_depths(parents: torch.Tensor, device: torch.device) -> None:
+    ancestors = reference.ancestor_bits(parents)
+    found = node_depths(ancestors.to(device))
+    assert found.dtype == torch.int64 and found.shape == ancestors.shape[:2]
+    assert found.tolist() == [[depth(row, i) for i in range(len(row))] for row in parents.expand(found.shape).tolist()]
+
+
+def depth(parents: list[int], node: int) -> int:
+    steps = 0
+    while parents[node] >= 0:
+        node, steps = parents[node], steps + 1
+    return steps
+
+
+def test_depths_of_some_rows(device: torch.device) -> None:
+    ancestors = reference.ancestor_bits(torch.arange(-1, 70))[:, [40, 0, 69]]
+    ancestors[0, 1] = 0
+    assert node_depths(ancestors.to(device)).tolist() == [[40, -1, 69]]
 
 
 @pytest.mark.parametrize(
@@ -208,6 +230,7 @@ def test_keep_path_of_an_empty_batch(device: torch.device) -> None:
 
 GOOD: dict[str, dict[str, Any]] = {
     "ancestor_bits": {"parents": torch.tensor([-1, 0])},
+    "node_depths": {"ancestors": torch.zeros(1, 2, 1, dtype=torch.int32)},
     "tree_attention_mask": {"parents": torch.tensor([[-1, 0]]), "prefix_lengths": torch.tensor([3]), "total": 9},
     "keep_path": {
         "key": torch.zeros(1, 2, 9, 4),
@@ -217,7 +240,7 @@ GOOD: dict[str, dict[str, Any]] = {
         "length": torch.tensor([1]),
     },
 }
-FUNCTIONS = {f.__name__: f for f in (ancestor_bits, tree_attention_mask, keep_path)}
+FUNCTIONS = {f.__name__: f for f in (ancestor_bits, node_depths, tree_attention_mask, keep_path)}
 
 
 @pytest.mark.parametrize(
@@ -227,6 +250,8 @@ FUNCTIONS = {f.__name__: f for f in (ancestor_bits, tree_attention_mask, keep_pa
         pytest.param("ancestor_bits", "parents", torch.zeros(1, 1, 2, dtype=torch.int64), id="three-axes"),
         pytest.param("ancestor_bits", "parents", torch.zeros(0, dtype=torch.int64), id="no-nodes"),
         pytest.param("ancestor_bits", "parents", torch.zeros(2), id="float-parents"),
+        pytest.param("node_depths", "ancestors", torch.zeros(2, 1, dtype=torch.int32), id="bits-without-batch"),
+        pytest.param("node_depths", "ancestors", torch.zeros(1, 2, 1, dtype=torch.int64), id="long-bits"),
         pytest.param("tree_attention_mask", "prefix_lengths", torch.tensor([3, 3]), id="another-batch"),
         pytest.param("tree_attention_mask", "prefix_lengths", torch.tensor([3.0]), id="float-lengths"),
         pytest.param("tree_attention_mask", "prefix_lengths", torch.tensor([3], device="meta"), id="another-device"),
@@ -240,6 +265,7 @@ FUNCTIONS = {f.__name__: f for f in (ancestor_bits, tree_attention_mask, keep_pa
         pytest.param("keep_path", "path", torch.tensor([[0.0, 1.0]]), id="float-path"),
         pytest.param("keep_path", "length", torch.tensor([[1]]), id="length-with-two-axes"),
         pytest.param("keep_path", "length", torch.tensor([1], device="meta"), id="length-elsewhere"),
+        *(pytest.param(function, "backend", "numpy", id=f"{function}-no-such-backend") for function in GOOD),
     ],
 )
 def test_a_mistake_is_named(function: str, argument: str, value: Any) -> None:
