@@ -8,19 +8,47 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checking import Check, check
     from .decode import Generation, generate
-    from .drafters import Drafter, ModelDrafter, NgramDrafter, Proposal, State
+    from .drafters import (
+        ConfidenceStop,
+        Drafter,
+        EarlyExitDrafter,
+        EntropyStop,
+        FeatureDrafter,
+        HeadsDrafter,
+        MedusaHeads,
+        MergedDrafter,
+        MLPSpeculator,
+        ModelDrafter,
+        NgramDrafter,
+        Proposal,
+        State,
+        TopKDrafter,
+        TrieDrafter,
+    )
+    from .integrations.transformers import TreeDecoding
     from .scoring import UnsupportedModelError
     from .stats import Stats
 
 __all__ = [
     "Check",
+    "ConfidenceStop",
     "Drafter",
+    "EarlyExitDrafter",
+    "EntropyStop",
+    "FeatureDrafter",
     "Generation",
+    "HeadsDrafter",
+    "MLPSpeculator",
+    "MedusaHeads",
+    "MergedDrafter",
     "ModelDrafter",
     "NgramDrafter",
     "Proposal",
     "State",
     "Stats",
+    "TopKDrafter",
+    "TreeDecoding",
+    "TrieDrafter",
     "UnsupportedModelError",
     "check",
     "generate",
@@ -28,13 +56,24 @@ __all__ = [
 
 _MODULES = {
     "Check": "checking",
+    "ConfidenceStop": "drafters",
     "Drafter": "drafters",
+    "EarlyExitDrafter": "drafters",
+    "EntropyStop": "drafters",
+    "FeatureDrafter": "drafters",
     "Generation": "decode",
+    "HeadsDrafter": "drafters",
+    "MLPSpeculator": "drafters",
+    "MedusaHeads": "drafters",
+    "MergedDrafter": "drafters",
     "ModelDrafter": "drafters",
     "NgramDrafter": "drafters",
     "Proposal": "drafters",
     "State": "drafters",
     "Stats": "stats",
+    "TopKDrafter": "drafters",
+    "TreeDecoding": "integrations.transformers",
+    "TrieDrafter": "drafters",
     "UnsupportedModelError": "scoring",
     "check": "checking",
     "generate": "decode",

@@ -188,9 +188,14 @@ def _parallel(group: Any) -> Callable[..., Any]:
 def _check_unused(name: str, arguments: dict[str, Any]) -> None:
     """Raise if something asks for a pass over rows that are laws already."""
     for argument, value in arguments.items():
-        if not (value is None or (isinstance(value, SamplingParams) and value == _DEFAULT)):
+        if value is not None and not _is_default(value):
             got = value if isinstance(value, SamplingParams) else type(value).__name__
             raise ValueError(f'{argument}: expected the default with {name}="probabilities", got {got}')
+
+
+def _is_default(value: Any) -> bool:
+    fields = vars(value).values() if isinstance(value, SamplingParams) else [None]
+    return all(isinstance(field, (int, float)) for field in fields) and value == _DEFAULT
 
 
 _DEFAULT = SamplingParams()

@@ -164,6 +164,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"inputs": "probabilities", "sampling": SamplingParams(top_k=3)},
         'sampling: expected the default with inputs="probabilities"',
     ),
+    "a-tensor-of-temperatures-on-probabilities": (
+        {"inputs": "probabilities", "sampling": SamplingParams(temperature=torch.ones(2))},
+        'sampling: expected the default with inputs="probabilities"',
+    ),
     "temperature-of-draft-probabilities": (
         {"draft_inputs": "probabilities", "draft_sampling": SamplingParams(temperature=0.5)},
         'draft_sampling: expected the default with draft_inputs="probabilities"',
