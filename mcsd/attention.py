@@ -22,12 +22,22 @@ class TreeStep:
     Args:
         ancestors: `[batch or 1, rows, words]` int32, see `ancestor_bits`.
         prefix_lengths: `[batch]` int32: slots before the tree's.
+        before: window -> `[batch]` int32, the same for layers with that window, where they are fewer.
+        same: the number that `prefix_lengths` holds everywhere; None: it differs, or nobody knows.
     """
 
-    def __init__(self, ancestors: torch.Tensor, prefix_lengths: torch.Tensor) -> None:
-        self.ancestors, self.prefix_lengths = ancestors, prefix_lengths
-        self.calls = 0
+    def __init__(
+        self,
+        ancestors: torch.Tensor,
+        prefix_lengths: torch.Tensor,
+        before: dict[int, torch.Tensor] | None = None,
+        same: int | None = None,
+    ) -> None:
+        self.ancestors, self.prefix_lengths, self.same = ancestors, prefix_lengths, same
+        self.before = before or {}
+        self.windows: list[int | None] = []  # of the layers that took the tree from here, in order
         self._masks: dict[int, torch.Tensor] = {}
+        self._additive: dict[tuple[int, int], torch.Tensor] = {}
 
     def packed(self) -> torch.Tensor:
         """`[batch, 1, rows, words + 1]` int32: the ancestors and, in the last column, the prefix length.
@@ -39,11 +49,24 @@ class TreeStep:
         return torch.cat([self.ancestors.expand(batch, -1, -1), prefix], -1)[:, None]
 
     def mask(self, total: int) -> torch.Tensor:
-        """`[batch, 1, rows, total]` bool, without a sliding window."""
+        """`[batch or 1, 1, rows, total]` bool, without a sliding window."""
         if total not in self._masks:
             visible = unpack_bits(self.ancestors, min(self.ancestors.shape[-1] * 32, total))
-            self._masks[total] = dense_mask(visible, self.prefix_lengths.long(), total)[:, None]
+            if self.same is None or visible.shape[0] > 1:
+                mask = dense_mask(visible, self.prefix_lengths.long(), total)
+            else:
+                mask = visible.new_ones(1, visible.shape[1], total)
+                mask[..., self.same : self.same + visible.shape[2]] = visible[..., : total - self.same]
+            self._masks[total] = mask[:, None]
         return self._masks[total]
+
+    def additive(self, total: int, group: int, dtype: torch.dtype) -> torch.Tensor:
+        """`[batch or 1, 1, group * rows, total]`: 0 where `mask` is true, minus infinity elsewhere."""
+        if (total, group) not in self._additive:
+            mask = self.mask(total)
+            added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+            self._additive[total, group] = added.repeat(1, 1, group, 1)
+        return self._additive[total, group]
 
 
 def tree_attention_forward(
@@ -72,19 +95,26 @@ def tree_attention_forward(
         if attention_mask is None or attention_mask.dtype != torch.int32 or attention_mask.dim() != 4:
             raise RuntimeError(f"{type(module).__name__} passed no token tree to its attention; see mcsd.check(model)")
         mcsd_tree = TreeStep(attention_mask[:, 0, :, :-1].contiguous(), attention_mask[:, 0, 0, -1].contiguous())
-    mcsd_tree.calls += 1
+    mcsd_tree.windows.append(sliding_window)
     if query.device.type == "cpu" and sliding_window is None and softcap is None and s_aux is None:
-        # on the CPU the mask costs as much as the attention, and all layers share it
-        grouped = query.shape[1] != key.shape[1]
-        mask = mcsd_tree.mask(key.shape[2])
-        output = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=grouped)
+        # On the CPU the mask costs as much as the attention, and all layers share it. Query heads of one key-value
+        # head are rows to it: neither a boolean mask nor grouped heads are then converted in every layer.
+        batch, heads, rows, width = query.shape
+        group = heads // key.shape[1]
+        mask = mcsd_tree.additive(key.shape[2], group, query.dtype)
+        folded = query.reshape(batch, key.shape[1], group * rows, width)
+        output = F.scaled_dot_product_attention(folded, key, value, mask, scale=scaling)
+        output = output.reshape(batch, heads, rows, value.shape[3])
     else:
+        prefix_lengths = mcsd_tree.prefix_lengths
+        if sliding_window is not None:
+            prefix_lengths = mcsd_tree.before.get(sliding_window, prefix_lengths)
         output = tree_attention(
             query,
             key,
             value,
             mcsd_tree.ancestors,
-            mcsd_tree.prefix_lengths,
+            prefix_lengths,
             scale=scaling,
             window=sliding_window,
             softcap=softcap,

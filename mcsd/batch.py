@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -64,28 +66,86 @@ def _parse(line: str, where: str, number: int) -> tuple[str | int, str]:
     return name, row["prompt"]
 
 
-class Results:
-    """JSON lines, one a prompt, each written whole; a file that is there already is continued.
+@dataclass(frozen=True)
+class Share:
+    """Which prompts a process does: every `count`-th one, from its rank on.
 
-    A last line without its end (a run was killed while writing it) is removed, so that its prompt is done again.
+    Args:
+        rank: of this process, 0 to count - 1.
+        count: how many processes there are.
+        local: its number on this machine, which picks its GPU.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local: int = 0
+
+    @staticmethod
+    def of_environment(environment: Mapping[str, str] = os.environ) -> Share:
+        """What torchrun and accelerate say: RANK, WORLD_SIZE and LOCAL_RANK; without them one process does all.
+
+        Raises:
+            ValueError: they are no such numbers.
+        """
+        rank, count = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
+        try:
+            share = Share(int(rank), int(count), int(environment.get("LOCAL_RANK", rank)))
+        except ValueError:
+            share = Share(-1)
+        if not 0 <= share.rank < share.count or share.local < 0:
+            raise ValueError(f"RANK, WORLD_SIZE: expected numbers as torchrun sets them, got {rank!r} and {count!r}")
+        return share
+
+    def has(self, prompt: Prompt) -> bool:
+        """Whether the prompt is this process's to do."""
+        return prompt.index % self.count == self.rank
+
+
+class Results:
+    """JSON lines, one a prompt, each written whole; files that are there already are continued.
+
+    One process writes to the file itself. Several write to a part each, `NAME.part-RANK`, and whoever finds all prompts
+    done puts the parts together in the order of the prompts and removes them; that may happen twice at once, with the
+    same outcome. What any file holds counts as done, however many processes wrote it. A last line without its end
+    (a run was killed while writing it) is removed, so that its prompt is done again.
 
     Args:
         path: None: standard output.
         prompts: all that were asked for.
         settings: what the results depend on; stands in every row.
+        share: what this process does.
 
     Raises:
-        ValueError: the file holds something else, or results of other prompts or settings.
+        ValueError: a file holds something else, or results of other prompts or settings, or another process is
+            writing it; or several processes have no file to write to.
     """
 
-    def __init__(self, path: Path | None, prompts: Sequence[Prompt], settings: dict[str, Any]) -> None:
-        self.path, self.settings = path, settings
+    def __init__(
+        self, path: Path | None, prompts: Sequence[Prompt], settings: dict[str, Any], share: Share = Share()
+    ) -> None:
+        if path is None and share.count > 1:
+            raise ValueError(f"output: expected a file, which {share.count} processes can share, got standard output")
+        self.path, self.settings, self.share = path, settings, share
+        self._prompts = prompts
+        self._texts = {prompt.id: prompt.text for prompt in prompts}
         self.done: set[str | int] = set()
         self._file: BinaryIO | None = None
-        keep = self._resume(path, prompts) if path is not None and path.exists() else 0
-        if path is not None:
-            self._file = path.open("ab")
-            self._file.truncate(keep)
+        if path is None:
+            return
+        own = path if share.count == 1 else path.with_name(f"{path.name}.part-{share.rank}")
+        for file in {path, own, *self._parts()}:
+            self.done |= self._read(file).keys()
+        self._file = own.open("ab")
+        if not _lock(self._file):
+            self._file.close()
+            raise ValueError(f"{own}: another process is writing it; wait for it or end it")
+        self._file.truncate(self._whole_bytes(own))
+        self._own = own
+
+    @property
+    def todo(self) -> list[Prompt]:
+        """Prompts of this process's share that are not done, in order."""
+        return [prompt for prompt in self._prompts if self.share.has(prompt) and prompt.id not in self.done]
 
     def __enter__(self) -> Results:
         return self
@@ -107,10 +167,39 @@ class Results:
             sys.stdout.flush()
         self.done.add(prompt.id)
 
-    def _resume(self, path: Path, prompts: Sequence[Prompt]) -> int:
-        """Take in what is there; returns how many bytes of it are whole lines."""
-        *lines, torn = path.read_bytes().split(b"\n")
-        texts = {prompt.id: prompt.text for prompt in prompts}
+    def finish(self) -> bool:
+        """Put the parts together if all prompts are done; returns whether the file is complete."""
+        if self.path is None:
+            return True
+        parts = self._parts()
+        lines: dict[str | int, bytes] = {}
+        # the parts first: whoever removes them has written the file before
+        for file in [*parts, self.path]:
+            lines |= self._read(file)
+        if self._texts.keys() - lines.keys():
+            return False
+        if not parts and self._own == self.path:
+            return True
+        order = {prompt.id: prompt.index for prompt in self._prompts}
+        rows = sorted(lines.items(), key=lambda item: order.get(item[0], len(order)))
+        whole = self.path.with_name(f"{self.path.name}.whole-{self.share.rank}")
+        whole.write_bytes(b"".join(line + b"\n" for _, line in rows))
+        os.replace(whole, self.path)
+        for part in parts:
+            part.unlink(missing_ok=True)
+        return True
+
+    def _parts(self) -> list[Path]:
+        assert self.path is not None
+        return sorted(self.path.parent.glob(glob.escape(self.path.name) + ".part-*"))
+
+    def _read(self, path: Path) -> dict[str | int, bytes]:
+        """Whole lines of a file by the id of their prompt; a file that is not there has none."""
+        try:
+            *lines, torn = path.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return {}
+        found: dict[str | int, bytes] = {}
         for number, line in enumerate(lines, 1):
             where = f"{path}, line {number}"
             try:
@@ -118,7 +207,7 @@ class Results:
                 name, text, settings = row["id"], row["prompt"], row["settings"]
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{where}: no result of this program; choose another --output") from None
-            if name in texts and texts[name] != text:
+            if name in self._texts and self._texts[name] != text:
                 raise ValueError(f"{where}: the result of another prompt {name!r}; choose another --output")
             for key in sorted(self.settings.keys() | settings.keys()):
                 if self.settings.get(key) != settings.get(key):
@@ -126,8 +215,28 @@ class Results:
                         f"{where}: written with {key} = {settings.get(key)!r}, now it is "
                         f"{self.settings.get(key)!r}; choose another --output"
                     )
-            self.done.add(name)
+            found[name] = line
         start = b'{"id": '
         if not (torn.startswith(start) or start.startswith(torn)):
             raise ValueError(f"{path}, line {len(lines) + 1}: no result of this program; choose another --output")
-        return sum(len(line) + 1 for line in lines)
+        return found
+
+    @staticmethod
+    def _whole_bytes(path: Path) -> int:
+        """Length of the file up to the end of its last whole line."""
+        return path.read_bytes().rfind(b"\n") + 1
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Keep other processes from writing the file until it is closed; where there are no locks, nothing is kept."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True

@@ -1,4 +1,4 @@
-"""The command line: `mcsd generate`, `inspect`, `doctor` and `bench`."""
+"""The command line: `mcsd generate`, `inspect`, `tune`, `plot`, `doctor` and `bench`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -18,8 +18,9 @@ import typer
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from .batch import Prompt
+    from .batch import Prompt, Share
     from .pairs import Pair, Run
+    from .profile import Profile
 
 WRONG, INTERRUPTED = 2, 130
 
@@ -113,7 +114,11 @@ def generate(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(dir_okay=False, help="Where --batch-file writes; prompts that are in there already are skipped."),
+        typer.Option(
+            dir_okay=False,
+            help="Where --batch-file writes; prompts that are in there already are skipped. "
+            "Under torchrun each process does its share.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -122,12 +127,16 @@ def generate(
         raise ValueError("prompt: expected either PROMPT or --batch-file")
     if batch_file is None and output is not None:
         raise ValueError("output: only --batch-file writes to a file; redirect stdout instead")
-    from .batch import read_prompts
+    from .batch import Share, read_prompts
 
     prompts = read_prompts(batch_file) if batch_file else []
+    share = Share.of_environment() if prompts else Share()
+    if share.count > 1:
+        settings = _on_own_device(settings, share.local)
+        as_json = as_json or share.rank > 0  # one process talks
     pair = _load(settings, quiet=as_json)
     if prompts:
-        _batch(pair, prompts, output, compare, quiet=as_json)
+        _batch(pair, prompts, output, compare, share, quiet=as_json)
     elif as_json:
         if compare:
             pair.warm_up(pair.encode(prompt or ""))
@@ -170,7 +179,16 @@ def _difference(run: Run) -> str:
     return f"the first {same} of {len(run.tokens)} tokens are those of plain decoding"
 
 
-def _batch(pair: Pair, prompts: list[Prompt], output: Path | None, compare: bool, quiet: bool) -> None:
+def _on_own_device(settings: Settings, local: int) -> Settings:
+    """One GPU a process, where the device was left open."""
+    import torch
+
+    if settings.device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return settings
+    return replace(settings, device=f"cuda:{local % torch.cuda.device_count()}")
+
+
+def _batch(pair: Pair, prompts: list[Prompt], output: Path | None, compare: bool, share: Share, quiet: bool) -> None:
     from .batch import Results
     from .screen import stderr, waiting
 
@@ -180,10 +198,13 @@ def _batch(pair: Pair, prompts: list[Prompt], output: Path | None, compare: bool
     if compare:
         with waiting("warming up", quiet):
             pair.warm_up(pair.encode(prompts[0].text))
-    with Results(output, prompts, pair.describe()) as results:
-        todo = [prompt for prompt in prompts if prompt.id not in results.done]
-        if not quiet and len(todo) < len(prompts):
-            console.print(f"{len(prompts) - len(todo)} of {len(prompts)} prompts are in {output} already", style="dim")
+    # the number of the GPU is not what a result depends on
+    described = pair.describe() | {"device": pair.device.type if share.count > 1 else str(pair.device)}
+    with Results(output, prompts, described, share) as results:
+        todo = results.todo
+        done = sum(prompt.id in results.done for prompt in prompts)
+        if not quiet and done:
+            console.print(f"{done} of {len(prompts)} prompts are in {output} already", style="dim")
         for number, prompt in enumerate(todo, 1):
             with waiting(f"prompt {number} of {len(todo)}", quiet):
                 run = pair.run(prompt.text, seed=pair.settings.seed + prompt.index)
@@ -195,6 +216,9 @@ def _batch(pair: Pair, prompts: list[Prompt], output: Path | None, compare: bool
                 _leave(run)
             results.write(prompt, run.as_dict())
             tokens, calls, seconds = tokens + run.stats.tokens, calls + run.stats.target_calls, seconds + run.seconds
+        whole = results.finish()
+    if not quiet and share.count > 1:
+        console.print(f"{output} is complete" if whole else "the other processes have prompts left", style="dim")
     if not quiet and todo:
         console.print(
             f"{len(todo)} prompts · {tokens} tokens · {tokens / max(calls, 1):.2f} tokens per target call · "
@@ -210,34 +234,162 @@ def inspect(
     prompt: Annotated[str, typer.Argument(help="The text to continue or to answer.")],
     steps: Annotated[int, typer.Option(min=1, help="How many target calls to show.")] = 1,
     coins: Annotated[bool, typer.Option("--coins", help="Show the uniform number of each test.")] = False,
+    record: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="Write the diagnostics of each step as a JSON line, for `mcsd plot`."),
+    ] = None,
+    trees: Annotated[bool, typer.Option("--trees/--no-trees", help="Draw the trees, or the table alone.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Draw the trees of the first steps: every candidate, what both models think of it, and what became of it."""
+    """Draw the trees of the first steps, and a table by depth of how good drafting and verification were.
+
+    The trees show every candidate, what both models think of it, and what became of it. The table compares the overlap
+    of the two laws, what was accepted, and the most that any lossless rule could accept of as many candidates.
+    """
     pair = _load(settings, quiet=as_json)
+    from .diagnostics import Recorder
     from .inspection import inspect_steps
 
-    recorded = inspect_steps(
-        pair.target,
-        pair.drafter,
-        pair.encode(prompt),
-        lambda tokens: pair.decode(tokens, special=True),
-        steps=steps,
-        rule=settings.rule.value,
-        seed=settings.seed,
-        max_new_tokens=settings.max_new_tokens,
-        **pair.sampling(),
-    )
+    with Recorder(pair.drafter.proposal, record, {"prompt": prompt, **pair.describe()}) as recorder:
+        recorded = inspect_steps(
+            pair.target,
+            pair.drafter,
+            pair.encode(prompt),
+            lambda tokens: pair.decode(tokens, special=True),
+            steps=steps,
+            rule=settings.chosen_rule,
+            recorder=recorder,
+            seed=settings.seed,
+            max_new_tokens=settings.max_new_tokens,
+            **pair.sampling(),
+        )
     if as_json:
-        _print_json({"prompt": prompt, "settings": pair.describe(), "steps": [step.as_dict() for step in recorded]})
+        shown = [step.as_dict() for step in recorded]
+        settings_row = pair.describe()
+        _print_json({"prompt": prompt, "settings": settings_row, "steps": shown, "diagnostics": recorder.summary()})
         return
-    from .screen import stdout, step_line, step_tree
+    from .screen import diagnostics_line, diagnostics_table, stdout, step_line, step_tree
 
     console = stdout()
-    for step in recorded:
+    for step in recorded if trees else ():
         console.print(step_tree(step, coins))
         console.print(step_line(step))
         console.print()
-    console.print("✓ accepted  ✗ rejected  · never tested  → drawn at the end;  p target, q draft", style="dim")
+    if trees:
+        console.print("✓ accepted  ✗ rejected  · never tested  → drawn at the end;  p target, q draft", style="dim")
+        console.print()
+    console.print(diagnostics_table(recorder.summary()))
+    console.print(diagnostics_line(recorder.summary()), style="dim")
+
+
+@app.command()
+@_with_settings
+def tune(
+    settings: Settings,
+    output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="Where to write the profile.")] = Path(
+        "mcsd-profile.json"
+    ),
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help='Prompts of the kind you will have, one a line, or .jsonl objects with "prompt".',
+            show_default="a few built-in ones",
+        ),
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="At most this many of them.")] = 16,
+    nodes: Annotated[int, typer.Option(min=2, max=512, help="Of the largest tree considered, root included.")] = 32,
+    depth: Annotated[int, typer.Option(min=1, max=32, help="Of the deepest.")] = 6,
+    width: Annotated[int, typer.Option(min=1, max=64, help="Most children of a node.")] = 8,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            help="Draw tokens a second over tree size, as .svg, .png or .pdf.",
+            show_default="beside the profile, if matplotlib is installed",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the tree with the most tokens a second for a pair on this machine, and write it as a profile.
+
+    Measures which siblings are accepted at each depth and what forwards cost by tree size, searches all trees by
+    dynamic programming, decodes with the best few, and takes the measured best. `mcsd generate --profile` uses it.
+    Leave the machine alone meanwhile. --max-new-tokens is the length of each text, 64 to 128 being enough.
+    """
+    if settings.profile is not None or settings.branching is not None:
+        raise ValueError("profile, branching: expected neither; tune chooses the tree")
+    from .batch import read_prompts
+    from .plots import check_picture, have_matplotlib, plot_profile
+
+    if picture is not None:
+        check_picture(picture)
+    elif have_matplotlib():
+        picture = output.with_suffix(".svg")
+    texts = [prompt.text for prompt in read_prompts(prompt_file)] if prompt_file else list(BENCH_PROMPTS)
+    pair = _load(settings, quiet=as_json)
+    profile = _tuned(pair, texts[:prompts], nodes, depth, width, quiet=as_json)
+    profile.save(output)
+    if picture is not None:
+        plot_profile(profile, picture)
+    if as_json:
+        from dataclasses import asdict
+
+        _print_json(asdict(profile))
+        return
+    from .screen import profile_line, profile_table, stdout
+
+    console = stdout()
+    console.print(profile_table(profile))
+    console.print(profile_line(profile))
+    drawn = f", drawn in {picture}" if picture is not None else "; pip install 'mcsd[plots]' for a picture"
+    said = f"written to {output}{drawn}; use it with --profile {output}"
+    console.print(said, style="dim", soft_wrap=True, markup=False)
+
+
+def _tuned(pair: Pair, texts: list[str], nodes: int, depth: int, width: int, quiet: bool) -> Profile:
+    from .drafters import ModelDrafter
+    from .screen import Progress
+    from .tune import tune as search
+
+    settings = pair.settings
+    proposals = [settings.proposal.value] if settings.proposal else None
+    draft = pair.drafter.model if type(pair.drafter) is ModelDrafter else pair.drafter
+    with Progress(quiet) as progress:
+        return search(
+            pair.target,
+            draft,
+            [pair.encode(text) for text in texts],
+            nodes=nodes,
+            depth=depth,
+            width=width,
+            tokens=settings.max_new_tokens,
+            proposals=proposals,
+            seed=settings.seed,
+            names={"target": settings.target, "draft": pair.draft_name},
+            report=progress.report,
+            **pair.sampling(),
+        )
+
+
+@app.command()
+def plot(
+    source: Annotated[Path, typer.Argument(help="A profile of `mcsd tune`, or a file of `mcsd inspect --record`.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", dir_okay=False, help="Ends in .svg, .png or .pdf.", show_default="SOURCE with .svg"
+        ),
+    ] = None,
+) -> None:
+    """Draw what was measured: tokens a second over tree size, or overlap and acceptance by depth."""
+    with _errors():
+        from .plots import plot_file
+        from .screen import stderr
+
+        drawn = plot_file(source, output or source.with_suffix(".svg"))
+        stderr().print(f"drawn in {drawn}", style="dim", soft_wrap=True)
 
 
 @app.command()
@@ -321,6 +473,8 @@ def _load(settings: Settings, quiet: bool) -> Pair:
     if not quiet:
         for line in header(pair, _threads()):
             stderr().print(line, style="dim", soft_wrap=True)
+        for difference in settings.tuned.differences(pair.describe()) if settings.tuned else ():
+            stderr().print(f"the profile was measured with {difference}", style="yellow", soft_wrap=True)
     return pair
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Integral
+from os import PathLike
 from typing import Any
 
 import torch
@@ -14,11 +17,13 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from mcsd_kernels import SamplingParams, Status, Verified, ancestor_bits, draw_uniforms, verify
 from mcsd_kernels import _checks as check
+from mcsd_kernels.tree import node_depths
 from mcsd_kernels.verify import PROPOSALS, RULES
 
 from .checking import require
 from .drafters import Drafter, ModelDrafter, NgramDrafter, Proposal, State
 from .drafters.base import Adapter
+from .profile import Profile
 from .scoring import ATTENTION, Scorer
 from .stats import Stats
 from .trees import check_branching, columns
@@ -51,7 +56,8 @@ def generate(
     min_p: float | torch.Tensor = 0.0,
     seed: int | Sequence[int] = 0,
     proposal: str | None = None,
-    rule: str = "recursive",
+    rule: str | None = None,
+    profile: Profile | str | PathLike[str] | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     stopping_criteria: Any = None,
@@ -60,8 +66,10 @@ def generate(
     logits_processor: Any = None,
     streamer: Any = None,
     attention: str = "auto",
+    graphs: bool | None = None,
     progress: bool = False,
     callback: Callable[[Stats], None] | None = None,
+    observer: Callable[[State, Proposal, torch.Tensor, Verified], None] | None = None,
 ) -> Generation:
     """Generate text with the target's law, several tokens for each of its forwards.
 
@@ -82,7 +90,9 @@ def generate(
         seed: request b's seed is `seed + b`, or `seed[b]`. A request's random numbers depend on nothing else.
         proposal: how siblings are drawn, see `mcsd_kernels.verify`. None: a drafter's own; for a draft model
             "without_replacement", and "point" at temperature 0, where a sampled draft has a single candidate.
-        rule: "recursive" or "traversal".
+        rule: "recursive" or "traversal". None: the profile's, else "recursive".
+        profile: what `mcsd tune` found for this pair on this machine, or its file: the tree comes from it in place of
+            `branching`, and so do `proposal` and `rule` where they are None. Needs a draft model.
         eos_token_id: token or tokens that end a request. None: the generation configuration's.
         pad_token_id: for the right end of `sequences`. None: the generation configuration's, else the first
             end-of-sequence token, else 0.
@@ -94,8 +104,12 @@ def generate(
             the node's own context.
         streamer: gets the prompt and then every token, as transformers' `generate` does; batch 1 only.
         attention: "tree" (our attention in the model), "dense" (4-D masks), or "auto".
+        graphs: capture the forwards over trees as CUDA graphs when their shapes first come, and replay them; graphs and
+            cache then stay with the models. Where that cannot be, forwards run as always. None: on CUDA.
         progress: show a progress bar on stderr.
         callback: called with the running `Stats` after every step.
+        observer: called in every step with what was verified: the state before it, the tree, the target's logits
+            `[batch, scored nodes, vocab]` and `verify`'s answer.
 
     Returns:
         `Generation(sequences, stats)`. Interrupted from the keyboard, it holds what was generated so far.
@@ -110,7 +124,15 @@ def generate(
     require("target", target, attention)
     prompts = _prompts(target, input_ids, attention_mask)
     batch = len(prompts)
-    drafter = _drafter(target, draft, branching, proposal, attention, temperature)
+    parents = None
+    if profile is not None:
+        tuned = Profile.load(profile)
+        if not isinstance(draft, PreTrainedModel):
+            raise ValueError(f"profile: expected a draft model beside it, got draft = {draft!r}")
+        own = tuned.proposal if isinstance(temperature, torch.Tensor) else tuned.proposal_at(temperature)
+        parents, proposal, rule = tuned.parents, proposal or own, rule or tuned.rule
+    drafter = _drafter(target, draft, branching, proposal, attention, temperature, parents)
+    rule = "recursive" if rule is None else rule
     sampling = _sampling(temperature, top_k, top_p, min_p, input_ids.device)
     check.choice("rule", rule, RULES)
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
@@ -128,7 +150,12 @@ def generate(
     ends = _Ends(target, eos_token_id, stopping_criteria, stop_strings, tokenizer)
     processors = _list_of(LogitsProcessorList, logits_processor)
 
-    scorer = Scorer(target, longest + max_new_tokens + _LARGEST_TREE, attention)
+    if graphs is None:
+        graphs = target.device.type == "cuda"
+    room = longest + max_new_tokens + _LARGEST_TREE
+    scorer = Scorer(
+        target, room, attention, drafter.reads_hidden, batch if graphs else None, _tell if progress else None
+    )
     state = State(
         sequences=[list(prompt) for prompt in prompts],
         active=[True] * batch,
@@ -138,6 +165,7 @@ def generate(
         device=scorer.device,
         capacity=longest + max_new_tokens,
         vocab=target.get_output_embeddings().weight.shape[0] if target.get_output_embeddings() else config.vocab_size,
+        scorer=scorer,
     )
     output = _Output(input_ids, prompts, max_new_tokens, ends, streamer, pad_token_id, target)
     stats = Stats(status=[0] * batch)
@@ -150,33 +178,22 @@ def generate(
             output.begin()
             with stats.phase("prefill"):
                 heads = [prompt[:-1] for prompt in prompts]
-                scorer.prefill(columns(heads, scorer.device), [len(head) for head in heads])
+                join = not (drafter.reads_hidden or drafter.reads_cache)
+                scorer.prefill(columns(heads, scorer.device), [len(head) for head in heads], join=join)
+                state.hidden = scorer.hidden
                 drafter.begin(state)
             while any(state.active):
-                with stats.phase("draft"):
-                    tree = drafter.propose(state)
-                    _check_proposal(tree, state, drafter.proposal)
-                with stats.phase("score"):
-                    logits, prefix = _score(scorer, state, tree)
-                with stats.phase("verify"):
-                    if processors:
-                        logits = _process(processors, logits, tree, output)
-                    verified = verify(
-                        logits,
-                        tree.draft_logits,
-                        tree.tokens,
-                        tree.parents,
-                        _coins(state, tree),
-                        proposal=drafter.proposal,
-                        rule=rule,
-                        sampling=sampling,
-                        draft_rows=tree.draft_rows,
-                        max_depth=tree.depth,
-                    )
-                with stats.phase("keep"):
-                    scorer.keep(prefix, verified.path, verified.length)
-                    drafter.keep(state, verified.path, verified.length)
+                tree, logits, verified = step(
+                    drafter,
+                    scorer,
+                    state,
+                    rule,
+                    process=partial(_process, processors, output) if processors else None,
+                    phase=stats.phase,
+                )
                 with stats.phase("other"):
+                    if observer is not None:
+                        observer(state, tree, logits, verified)
                     emitted = output.advance(state, verified, tree, stats)
                     if bar is not None:
                         bar.update(emitted)
@@ -188,15 +205,87 @@ def generate(
     return Generation(output.sequences(state), stats)
 
 
+def _untimed(name: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def step(
+    drafter: Drafter,
+    scorer: Scorer,
+    state: State,
+    rule: str,
+    *,
+    process: Callable[[torch.Tensor, Proposal], torch.Tensor] | None = None,
+    phase: Callable[[str], AbstractContextManager[None]] = _untimed,
+) -> tuple[Proposal, torch.Tensor, Verified]:
+    """One step: draft a tree, score it, verify it, keep what was accepted. Reads nothing back from the device.
+
+    Args:
+        drafter: where the tree comes from.
+        scorer: the target.
+        state: the batch; `step` changes nothing in it but `hidden`.
+        rule: see `mcsd_kernels.verify`.
+        process: what makes other logits of the target's, given the tree.
+        phase: a context for each of the four parts, by name.
+
+    Returns:
+        the tree, the target's logits `[batch, scored nodes, vocab]`, and `verify`'s answer.
+    """
+    with phase("draft"):
+        tree = drafter.propose(state)
+        _check_proposal(tree, state, drafter.proposal)
+    with phase("score"):
+        logits = _score(scorer, state, tree)
+    with phase("verify"):
+        if process is not None:
+            logits = process(logits, tree)
+        verified = _verify(logits, state, tree, drafter.proposal, rule)
+    with phase("keep"):
+        scorer.keep(state.prefix, verified.path, verified.length)
+        drafter.keep(state, verified.path, verified.length)
+    return tree, logits, verified
+
+
 _LARGEST_TREE = 1024
 
 
-def _score(scorer: Scorer, state: State, tree: Proposal) -> tuple[torch.Tensor, list[int]]:
-    """One target forward over the tree; returns its logits and each request's prefix length."""
-    ancestors = ancestor_bits(tree.parents)
-    depth = _depths(ancestors)
-    prefix = [len(sequence) - 1 for sequence in state.sequences]
-    return scorer.score(tree.tokens, ancestors, depth, prefix), prefix
+def _score(scorer: Scorer, state: State, tree: Proposal) -> torch.Tensor:
+    """One target forward over the tree's nodes that want it."""
+    scored = tree.tokens.shape[1] if tree.scored is None else tree.scored
+    ancestors, depth = tree.ancestors, tree.node_depth
+    if ancestors is None or depth is None:
+        ancestors = ancestor_bits(tree.parents[..., :scored])
+        depth = node_depths(ancestors)
+    logits = scorer.score(tree.tokens[:, :scored], ancestors[:, :scored], depth[..., :scored], state.prefix)
+    state.hidden = scorer.hidden
+    return logits
+
+
+def _verify(logits: torch.Tensor, state: State, tree: Proposal, proposal: str, rule: str) -> Verified:
+    """`mcsd_kernels.verify` of the tree; nodes that were not scored have no row."""
+    target_rows = None
+    batch, nodes = tree.tokens.shape
+    if logits.shape[1] < nodes:
+        scored = logits.shape[1]
+        rows = torch.arange(batch * scored, dtype=torch.int32, device=logits.device).view(batch, scored)
+        target_rows = torch.nn.functional.pad(rows, (0, nodes - scored), value=-1)
+        logits = logits.flatten(0, 1)
+    return verify(
+        logits,
+        tree.draft_logits,
+        tree.tokens,
+        tree.parents,
+        _coins(state, tree),
+        proposal=proposal,
+        rule=rule,
+        sampling=state.sampling,
+        target_rows=target_rows,
+        draft_rows=tree.draft_rows,
+        max_depth=tree.depth,
+        draft_sampling=tree.draft_sampling,
+        point_nodes=tree.point_nodes,
+        draft_ids=tree.draft_ids,
+    )
 
 
 def _check_proposal(tree: Proposal, state: State, proposal: str) -> None:
@@ -208,6 +297,12 @@ def _check_proposal(tree: Proposal, state: State, proposal: str) -> None:
     nodes = tokens.shape[1]
     if tuple(parents.shape) not in ((nodes,), (batch, nodes)):
         raise ValueError(f"Proposal.parents: expected [{nodes}] or [{batch}, {nodes}], got {list(parents.shape)}")
+    if tree.scored is not None and not 1 <= tree.scored <= nodes:
+        raise ValueError(f"Proposal.scored: expected a number in [1, nodes = {nodes}], got {tree.scored}")
+    for name in ("point_nodes", "origin"):
+        labels = getattr(tree, name)
+        if labels is not None and tuple(labels.shape) not in ((nodes,), (batch, nodes)):
+            raise ValueError(f"Proposal.{name}: expected [{nodes}] or [{batch}, {nodes}], got {list(labels.shape)}")
     if nodes > _LARGEST_TREE:
         raise ValueError(f"Proposal.tokens: expected at most {_LARGEST_TREE} nodes, got {nodes}")
     if proposal != "point" and tree.draft_logits is None:
@@ -219,17 +314,11 @@ def _coins(state: State, tree: Proposal) -> torch.Tensor:
     return draw_uniforms(state.seeds, state.step, tree.tokens.shape[1] + 2).roll(-2, 1)
 
 
-def _depths(ancestors: torch.Tensor) -> torch.Tensor:
-    """`[batch or 1, nodes]` int64: how many ancestors each node has besides itself."""
-    bits = torch.arange(32, device=ancestors.device, dtype=torch.int32)
-    return (ancestors[..., None] >> bits & 1).sum((-1, -2)) - 1
-
-
-def _process(processors: LogitsProcessorList, logits: torch.Tensor, tree: Proposal, output: _Output) -> torch.Tensor:
+def _process(processors: LogitsProcessorList, output: _Output, logits: torch.Tensor, tree: Proposal) -> torch.Tensor:
     """The processed logits, `[batch, nodes, vocab]` f32: one call a request and depth: equal depths, equal lengths."""
     processed = logits.to(torch.float32, copy=True)
-    batch, nodes = tree.tokens.shape
-    parents = tree.parents.expand(batch, nodes).tolist()
+    batch, nodes = logits.shape[:2]
+    parents = tree.parents.expand(tree.tokens.shape).tolist()
     for request in range(batch):
         tokens = tree.tokens[request].tolist()
         paths: dict[int, list[int]] = {0: []}
@@ -312,7 +401,11 @@ class _Output:
         offered = ((tree.parents == last) & (tree.tokens >= 0)).any(1)
         # the step's only copy to the host
         small = torch.stack([verified.length, verified.status, offered.int()], 1)
-        packed = torch.cat([small, verified.tokens], 1).tolist()
+        parts = [small, verified.tokens]
+        if tree.origin is not None:
+            parts += _origins(tree, verified.path)
+        packed = torch.cat(parts, 1).tolist()
+        width = verified.tokens.shape[1]
         stats.target_calls += 1
         came = 0
         for request, (length, status, more, *tokens) in enumerate(packed):
@@ -321,6 +414,8 @@ class _Output:
             stats.request_calls += 1
             stats.status[request] |= status
             stats.count(length - 1, length - 1 + more)
+            if tree.origin is not None:
+                stats.count_origins(tokens[2 * width :], tokens[width : 2 * width])
             row = self.rows[request]
             if status & ~Status.BAD_TOKEN:  # the last token is a placeholder, and there is nothing to go on with
                 state.active[request] = False
@@ -337,6 +432,7 @@ class _Output:
                     state.active[request] = False
                     break
         state.step += 1
+        state.refresh()
         return came
 
     def sequences(self, state: State) -> torch.Tensor:
@@ -346,6 +442,15 @@ class _Output:
         longest = max(map(len, self.rows))
         padded = [row + [self.pad] * (longest - len(row)) for row in self.rows]
         return torch.tensor(padded, device=self.input_ids.device)
+
+
+def _origins(tree: Proposal, path: torch.Tensor) -> list[torch.Tensor]:
+    """`[batch, depth + 1]` and `[batch, nodes]`: origins of the accepted nodes and of all candidates, -1 for none."""
+    assert tree.origin is not None
+    candidates = (tree.parents >= 0) & (tree.tokens >= 0)
+    proposed = torch.where(candidates, tree.origin, -1)
+    accepted = torch.where(path > 0, proposed.gather(1, path.clamp(min=0).long()), -1)
+    return [accepted, proposed]
 
 
 def _prompts(target: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
@@ -392,11 +497,13 @@ def _drafter(
     proposal: str | None,
     attention: str,
     temperature: float | torch.Tensor,
+    parents: Sequence[int] | None = None,
 ) -> Drafter:
     """What `draft` stands for."""
     branching = check_branching(branching)
     if proposal is not None:
         check.choice("proposal", proposal, PROPOSALS)
+    greedy = not isinstance(temperature, torch.Tensor) and temperature == 0
     if isinstance(draft, str) and draft == "ngram":
         draft = NgramDrafter(continuations=branching[0])
     if isinstance(draft, PreTrainedModel):
@@ -404,8 +511,10 @@ def _drafter(
         widths = [model.config.get_text_config(decoder=True).vocab_size for model in (draft, target)]
         if widths[0] != widths[1]:
             raise ValueError(f"draft: expected the target's vocabulary of {widths[1]} tokens, got {widths[0]}")
-        greedy = not isinstance(temperature, torch.Tensor) and temperature == 0
-        return ModelDrafter(draft, branching, proposal or ("point" if greedy else "without_replacement"), attention)
+        proposal = proposal or ("point" if greedy else "without_replacement")
+        return ModelDrafter(draft, branching, proposal, attention, parents=parents)
+    if hasattr(draft, "with_branching") and not isinstance(draft, type):
+        draft = draft.with_branching(branching, proposal or ("point" if greedy else "without_replacement"))
     if isinstance(draft, type) or not hasattr(draft, "propose"):
         raise ValueError(f'draft: expected a model, a Drafter object or "ngram", got {draft!r}')
     own = getattr(draft, "proposal", "point")
@@ -433,6 +542,13 @@ def _list_of(kind: Any, value: Any) -> Any:
     if value is None:
         return kind()
     return value if isinstance(value, kind) else kind(value if isinstance(value, (list, tuple)) else [value])
+
+
+def _tell(line: str) -> None:
+    """A line on stderr that leaves the progress bar whole."""
+    from tqdm.auto import tqdm
+
+    tqdm.write(line, file=sys.stderr)
 
 
 def _bar(total: int) -> Any:

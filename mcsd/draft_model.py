@@ -1,7 +1,11 @@
-"""The draft model that ships with this package, and the loading of draft models in general."""
+"""The drafters that ship with this package, and the loading of draft models in general."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -10,13 +14,18 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from .drafters.feature import FeatureConfig, FeatureDrafter, FeatureModel
+
 DEFAULT_DRAFT = "smollm2-draft"
+BUNDLED_DRAFTS = ("smollm2-feature", "smollm2-draft")
 DATA = Path(__file__).parent / "data"
 WEIGHTS_FILE = "draft_int8.safetensors"
 
 
 class SubVocabularyHead(nn.Module):
     """An output head with a row for some token ids only; every other id gets the logit -inf, so it is never drafted.
+
+    While `reduced` is set, the logits have a column for each of those ids and no others.
 
     Args:
         hidden_size: width of the hidden states.
@@ -30,19 +39,23 @@ class SubVocabularyHead(nn.Module):
     def __init__(self, hidden_size: int, rows: int, vocab_size: int) -> None:
         super().__init__()
         self.vocab_size = vocab_size
+        self.reduced = False
         self.weight = nn.Parameter(torch.empty(rows, hidden_size))
         self.register_buffer("sub_vocab", torch.empty(rows, dtype=torch.int64))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits over the full vocabulary.
+        """Logits over the full vocabulary, or over `sub_vocab` while `reduced` is set.
 
         Args:
             hidden: `[..., hidden_size]`.
 
         Returns:
-            `[..., vocab_size]`, of the dtype of `hidden`; column `sub_vocab[r]` is `hidden @ weight[r]`.
+            `[..., vocab_size]`, of the dtype of `hidden`; column `sub_vocab[r]` is `hidden @ weight[r]`. Reduced:
+            `[..., rows]`, column r is `hidden @ weight[r]`.
         """
         known = nn.functional.linear(hidden, self.weight)
+        if self.reduced:
+            return known
         logits = known.new_full((*known.shape[:-1], self.vocab_size), float("-inf"))
         return logits.index_copy_(-1, self.sub_vocab, known)
 
@@ -62,6 +75,21 @@ class SubVocabularyDraft(LlamaForCausalLM):
     def __init__(self, config: LlamaConfig, rows: int) -> None:
         super().__init__(config)
         self.lm_head = SubVocabularyHead(config.hidden_size, rows, config.vocab_size)
+
+    @property
+    def sub_vocab(self) -> torch.Tensor:
+        """`[rows]` int64, ascending: the ids that have a row in the head."""
+        ids: torch.Tensor = self.lm_head.sub_vocab
+        return ids
+
+    @contextmanager
+    def reduced(self) -> Iterator[None]:
+        """Inside this context the logits have one column for each id of `sub_vocab`."""
+        self.lm_head.reduced = True
+        try:
+            yield
+        finally:
+            self.lm_head.reduced = False
 
     @classmethod
     def from_folder(cls, folder: Path, embedding: torch.Tensor) -> SubVocabularyDraft:
@@ -100,6 +128,39 @@ class SubVocabularyDraft(LlamaForCausalLM):
         return draft.eval().requires_grad_(False)
 
 
+def load_feature_model(folder: Path, embedding: torch.Tensor) -> FeatureModel:
+    """Load a folder with `config.json` and int8 weights, on the device and in the dtype of `embedding`.
+
+    Args:
+        folder: holds `config.json` (the fields of `FeatureConfig`) and `draft_int8.safetensors` (see `dequantise`;
+            "draft_ids" is the token id of each row of the head, where they are not the lowest ids).
+        embedding: `[vocab, hidden]`, the target's input embedding. It is shared, not copied.
+
+    Returns:
+        The model in evaluation mode, without gradients.
+
+    Raises:
+        ValueError: the embedding does not have the shape that the drafter was trained with.
+    """
+    values = json.loads((folder / "config.json").read_text())
+    config = FeatureConfig(**{field.name: values[field.name] for field in fields(FeatureConfig)})
+    expected = (config.vocab_size, config.hidden_size)
+    if tuple(embedding.shape) != expected:
+        raise ValueError(
+            f"target: expected an input embedding of shape {expected} for the drafter in {folder}, "
+            f"got {tuple(embedding.shape)}"
+        )
+    stored = load_file(folder / WEIGHTS_FILE)
+    ids = stored.pop("draft_ids", None)
+    weights = {name: weight.to(embedding.device) for name, weight in dequantise(stored, embedding.dtype).items()}
+    model = FeatureModel(config, embedding)
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.pack_head(stored["head_rows"], stored["head_rows.scale"])
+    if ids is not None:
+        model.draft_ids.copy_(ids)
+    return model.eval().requires_grad_(False)
+
+
 def dequantise(stored: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Widen int8 matrices; other tensors are only cast.
 
@@ -123,27 +184,29 @@ def dequantise(stored: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str,
 
 def load_draft(
     name_or_path: str | Path, target: PreTrainedModel, *, dtype: torch.dtype | None = None
-) -> PreTrainedModel:
-    """Load a draft model for a target, on the target's device, ready for decoding (evaluation mode, no gradients).
+) -> PreTrainedModel | FeatureDrafter:
+    """Load a draft for a target, on the target's device, ready for decoding (evaluation mode, no gradients).
 
     Args:
-        name_or_path: `DEFAULT_DRAFT`, a folder of the same layout (`SubVocabularyDraft.from_folder`), or any causal
-            language model, as a local folder or a name on the model hub.
+        name_or_path: one of `BUNDLED_DRAFTS`, a folder that `python -m mcsd.distill` made, or any causal language
+            model, as a local folder or a name on the model hub.
         target: the model whose tokens will be drafted.
-        dtype: of the draft; None: the target's, with which a `SubVocabularyDraft` shares the target's embedding
-            (it copies and casts it otherwise).
+        dtype: of the draft; None: the target's, with which a draft of ours shares the target's embedding (it copies
+            and casts it otherwise).
 
     Returns:
-        The draft; its logits are as wide as the target's.
+        A model whose logits are as wide as the target's, or a drafter that reads the target's hidden states.
 
     Raises:
         ValueError: the draft does not fit the target's vocabulary or embedding.
     """
     dtype = dtype or target.dtype
-    folder = DATA / DEFAULT_DRAFT if name_or_path == DEFAULT_DRAFT else Path(name_or_path)
+    folder = DATA / name_or_path if name_or_path in BUNDLED_DRAFTS else Path(name_or_path)
     if (folder / WEIGHTS_FILE).is_file():
-        embedding = target.get_input_embeddings().weight
-        return SubVocabularyDraft.from_folder(folder, embedding.to(dtype))
+        embedding = target.get_input_embeddings().weight.to(dtype)
+        if json.loads((folder / "config.json").read_text()).get("drafter") == "feature":
+            return FeatureDrafter(load_feature_model(folder, embedding))
+        return SubVocabularyDraft.from_folder(folder, embedding)
     draft = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
     widths = [model.config.get_text_config().vocab_size for model in (draft, target)]
     if widths[0] != widths[1]:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from mcsd_kernels import SamplingParams, Status, Verified, verify
+from mcsd_kernels import SamplingParams, Status, Verified
 from mcsd_kernels.reference import Law, row_law
 
 from .decode import _coins, generate
+from .diagnostics import Recorder, draft_logits_of
 from .drafters import Drafter, Proposal, State
 
 
@@ -96,6 +97,7 @@ def inspect_steps(
     *,
     steps: int = 1,
     rule: str = "recursive",
+    recorder: Recorder | None = None,
     **options: Any,
 ) -> list[Step]:
     """Generate, and record the first steps.
@@ -107,6 +109,7 @@ def inspect_steps(
         decode: tokens to text.
         steps: how many; fewer come if the text ends before.
         rule: as for `mcsd.generate`.
+        recorder: gets the same steps, for diagnostics.
         options: further arguments of `mcsd.generate`.
 
     Returns:
@@ -115,79 +118,45 @@ def inspect_steps(
     Raises:
         ValueError: as `mcsd.generate`.
     """
-    recorder = _Recorder(drafter, decode, rule)
+    seen = _Steps(decode, drafter.proposal, rule, recorder)
 
     def enough(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.full((ids.shape[0],), len(recorder.steps) >= steps, device=ids.device)
+        return torch.full((ids.shape[0],), len(seen.steps) >= steps, device=ids.device)
 
     generation = generate(
         target,
-        recorder,
+        drafter,
         input_ids,
         torch.ones_like(input_ids),
         rule=rule,
-        logits_processor=recorder.see,
+        observer=seen.observe,
         stopping_criteria=enough,
         **options,
     )
     if generation.stats.interrupted:
         raise KeyboardInterrupt
-    return recorder.steps
+    return seen.steps
 
 
-class _Recorder(Drafter):
-    """Hands everything on to a drafter and notes what it sees; as a logits processor it changes nothing."""
+class _Steps:
+    """Takes down what it observes of a generation."""
 
-    def __init__(self, drafter: Drafter, decode: Callable[[list[int]], str], rule: str) -> None:
-        self.drafter, self.decode, self.rule = drafter, decode, rule
-        self.proposal = drafter.proposal
+    def __init__(self, decode: Callable[[list[int]], str], proposal: str, rule: str, recorder: Recorder | None) -> None:
+        self.decode, self.proposal, self.rule, self.recorder = decode, proposal, rule, recorder
         self.steps: list[Step] = []
 
-    def begin(self, state: State) -> None:
-        self.drafter.begin(state)
-
-    def end(self) -> None:
-        self.drafter.end()
-
-    def propose(self, state: State) -> Proposal:
-        self._length = len(state.sequences[0])
-        self._rows: dict[tuple[int, ...], torch.Tensor] = {}
-        self._tree = self.drafter.propose(state)
-        return self._tree
-
-    def see(self, contexts: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Note the target's logits after each context, which names the node by the tokens on the way to it."""
-        for context, row in zip(contexts[:, self._length :].tolist(), scores, strict=True):
-            self._rows.setdefault(tuple(context), row)
-        return scores
-
-    def keep(self, state: State, path: torch.Tensor, length: torch.Tensor) -> None:
-        self.drafter.keep(state, path, length)
-        tree = self._tree
+    def observe(self, state: State, tree: Proposal, logits: torch.Tensor, verified: Verified) -> None:
+        """One step, as `mcsd.generate` hands it to its observer."""
+        if self.recorder is not None:
+            self.recorder.observe(state, tree, logits, verified)
         tokens = tree.tokens[0].tolist()
         parents = tree.parents.reshape(-1, len(tokens))[0].tolist()
         ways: dict[int, tuple[int, ...]] = {0: ()}
         for node in range(1, len(tokens)):
             if parents[node] in ways:
                 ways[node] = (*ways[parents[node]], tokens[node])
-        # a missing candidate has no row, and none is read
-        some = self._rows[()]
-        logits = torch.stack([self._rows.get(ways.get(node, ()), some) for node in range(len(tokens))])[None]
-        uniforms = _coins(state, tree)
-        verified = verify(
-            logits,
-            tree.draft_logits,
-            tree.tokens,
-            tree.parents,
-            uniforms,
-            proposal=self.proposal,
-            rule=self.rule,
-            sampling=state.sampling,
-            draft_rows=tree.draft_rows,
-            max_depth=tree.depth,
-        )
-        assert torch.equal(verified.path, path), "the recorded step differs from the one that was taken"
-        self.steps.append(self._step(state, tree, tokens, parents, ways, logits[0], uniforms[0].tolist(), verified))
+        coins = _coins(state, tree)[0].tolist()
+        self.steps.append(self._step(state, tree, tokens, parents, ways, logits[0], coins, verified))
 
     def _step(
         self,
@@ -212,8 +181,8 @@ class _Recorder(Drafter):
             p_law[node] = _law(logits[node], state.sampling)
             q_law[node] = None
             if tree.draft_logits is not None and node in children:
-                at: Any = (0, node) if tree.draft_rows is None else tree.draft_rows[0, node]
-                q_law[node] = _law(tree.draft_logits[at], state.sampling)
+                row = draft_logits_of(tree, [0], [node], logits.shape[-1])[0]
+                q_law[node] = _law(row, tree.draft_sampling or state.sampling)
         tested = _tested(children, path, self.proposal, self.rule)
         nodes = []
         for node, way in ways.items():

@@ -14,13 +14,14 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .adaptive import AdaptiveDrafter
 from .decode import _drafter, generate
 from .draft_model import DEFAULT_DRAFT, WEIGHTS_FILE, load_draft
 from .drafters import Drafter, ModelDrafter, NgramDrafter
 from .models import DEFAULT_TARGET, load_target
 from .settings import DEFAULT_BRANCHING, OTHER_BRANCHING, Settings
 from .stats import Stats
-from .trees import TreeShape
+from .trees import StaticTree
 
 NGRAM = "ngram"
 
@@ -135,7 +136,15 @@ class Pair:
         slow = self.device.type == "cpu" and self.draft_name == DEFAULT_DRAFT
         branching = settings.factors or (DEFAULT_BRANCHING if slow else OTHER_BRANCHING)
         proposal = settings.proposal.value if settings.proposal else None
-        self.drafter: Drafter = _drafter(self.target, draft, branching, proposal, "auto", settings.temperature)
+        if settings.tuned is not None and isinstance(draft, str):
+            raise ValueError(f"profile: expected a draft model beside it, got draft = {self.draft_name}")
+        parents = settings.tuned.parents if settings.tuned else None
+        self.drafter: Drafter
+        if settings.adaptive and settings.tuned and not isinstance(draft, str):
+            own = "point" if settings.temperature == 0 else None
+            self.drafter = AdaptiveDrafter(draft, settings.tuned, proposal=own)
+        else:
+            self.drafter = _drafter(self.target, draft, branching, proposal, "auto", settings.temperature, parents)
         has_template = bool(getattr(self.tokenizer, "chat_template", None))
         if settings.chat and not has_template:
             raise ValueError(f"chat: {settings.target} has no chat template; use --raw")
@@ -150,8 +159,10 @@ class Pair:
     def tree(self) -> str:
         """The shape of the trees, in words."""
         if isinstance(self.drafter, ModelDrafter):
-            shape = TreeShape.of(self.drafter.branching)
-            return f"{','.join(map(str, shape.branching))} ({shape.nodes - 1} candidates, depth {len(shape.branching)})"
+            shape = StaticTree.of(self.drafter.parents)
+            name = ",".join(map(str, self.drafter.branching or ())) or "of the profile"
+            most = "at most " if isinstance(self.drafter, AdaptiveDrafter) else ""
+            return f"{name} ({most}{shape.nodes - 1} candidates, depth {shape.depth})"
         if isinstance(self.drafter, NgramDrafter):
             return f"up to {self.drafter.nodes - 1} candidates, depth {self.drafter.depth}"
         return "the drafter's own"
@@ -164,9 +175,11 @@ class Pair:
             "draft": self.draft_name,
             "dtype": self.dtype,
             "device": str(self.device),
-            "branching": list(self.drafter.branching) if isinstance(self.drafter, ModelDrafter) else None,
+            "branching": list(self.drafter.branching or ()) or None if isinstance(self.drafter, ModelDrafter) else None,
+            "parents": list(settings.tuned.parents) if settings.tuned else None,
+            "adaptive": isinstance(self.drafter, AdaptiveDrafter),
             "proposal": self.drafter.proposal,
-            "rule": settings.rule.value,
+            "rule": settings.chosen_rule,
             "temperature": settings.temperature,
             "top_k": settings.top_k,
             "top_p": settings.top_p,
@@ -223,7 +236,7 @@ class Pair:
             torch.ones_like(ids),
             max_new_tokens=self.settings.max_new_tokens,
             seed=seed,
-            rule=self.settings.rule.value,
+            rule=self.settings.chosen_rule,
             streamer=watcher,
             callback=callback,
             **self.sampling(),
@@ -270,7 +283,7 @@ class Pair:
             ids,
             torch.ones_like(ids),
             max_new_tokens=min(tokens, self.settings.max_new_tokens),
-            rule=self.settings.rule.value,
+            rule=self.settings.chosen_rule,
             **self.sampling(),
         )
         if generation.stats.interrupted:

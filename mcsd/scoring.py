@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
     DynamicLayer,
@@ -17,8 +19,10 @@ from transformers.cache_utils import (
 )
 
 from .attention import TreeStep, takes_tree_attention, tree_attention_in
-from .cache import TreeCache
-from .trees import chain_bits
+from .cache import Prefix, TreeCache
+from .graphs import LARGEST, LOG, PADDING, Graphs, Outputs, fingerprint, prefix_bucket, row_bucket
+from .hidden import HiddenStates, why_not
+from .trees import after_chain, chain_bits, chain_depths
 
 ATTENTION = ("auto", "tree", "dense")
 PREFILL_CHUNK = 512
@@ -29,6 +33,10 @@ _OWN_MASKS = {
     "gpt_neo": "has local attention layers that make their own masks",
     "doge": "computes its attention mask from the keys",
 }
+
+
+# model -> kind of scorer -> what its last one left for the next
+_KEPT: WeakKeyDictionary[PreTrainedModel, dict[Any, tuple[TreeCache, Graphs]]] = WeakKeyDictionary()
 
 
 class UnsupportedModelError(ValueError):
@@ -45,7 +53,7 @@ def refusal(model: object, attention: str = "auto") -> str | None:
     if not model.can_generate():
         return f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM"
     try:
-        layers = DynamicCache(config=config).layers
+        layers = _layers(config)
     except Exception as error:  # a configuration that no cache can be made for
         return f"no key-value cache can be made for {type(model).__name__}: {error}"
     odd = sorted({type(layer).__name__ for layer in layers if type(layer) not in _LAYERS})
@@ -73,51 +81,94 @@ class Scorer:
         model: any decoder that `refusal` lets through.
         capacity: slots a request.
         attention: "tree", "dense" (4-D masks), or "auto": "tree" where the model takes it.
+        reads_hidden: keep what the LM head reads, in `hidden`.
+        batch: requests, if trees shall be scored by captured graphs (see `mcsd.graphs`); None: they shall not. Graphs
+            and cache are kept for the model's next scorer of as many requests.
+        report: gets the graphs' lines.
 
     Raises:
-        UnsupportedModelError: the model cannot score trees.
+        UnsupportedModelError: the model cannot score trees, or its hidden states cannot be read.
     """
 
-    def __init__(self, model: PreTrainedModel, capacity: int, attention: str = "auto") -> None:
-        reason = refusal(model, attention)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        capacity: int,
+        attention: str = "auto",
+        reads_hidden: bool = False,
+        batch: int | None = None,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
+        reason = refusal(model, attention) or (why_not(model) if reads_hidden else None)
         if reason:
             raise UnsupportedModelError(reason)
         self.model = model
         config = model.config.get_text_config(decoder=True)
         self.tree = attention != "dense" and takes_tree_attention(model)
-        self.cache = TreeCache(config.num_hidden_layers, capacity)
+        windows = [getattr(layer, "sliding_window", None) for layer in _layers(config)]
+        self.graphs: Graphs | None = None
+        if batch is None:
+            self.cache = TreeCache(windows, capacity)
+        else:
+            # padded rows have slots of their own
+            self._kind = (batch, self.tree, reads_hidden, fingerprint(model))
+            kept = _KEPT.get(model, {}).pop(self._kind, None)
+            self.cache, self.graphs = kept or (TreeCache(windows, capacity + PADDING), Graphs())
+            self.cache.reset(capacity + PADDING)
+            self.graphs.report = report or LOG.info
+        self._own_cache = self.cache
         embedding = model.get_input_embeddings().weight
         self.device, self.vocab = embedding.device, embedding.shape[0]
         self.positions: int = getattr(config, "max_position_embeddings", 0) or 0
         self._last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._forward_takes_tree = True
+        self._states = HiddenStates(model) if reads_hidden else None
+        self.hidden: torch.Tensor | None = None  # of the last prompt or tree
+        self._unread: torch.Tensor | None = None  # the end of a prompt that the first tree brings along
 
     @contextmanager
     def attending(self) -> Iterator[None]:
-        """The model attends by tree inside this context."""
-        with tree_attention_in(self.model) if self.tree else nullcontext():
+        """The model attends by tree inside this context, and its hidden states are read if that was asked for."""
+        with tree_attention_in(self.model) if self.tree else nullcontext(), self._states or nullcontext():
             yield
+        if self.graphs is not None and self.cache is self._own_cache:
+            _KEPT[self.model] = {self._kind: (self.cache, self.graphs)}  # one at a time: a cache is large
 
-    def prefill(self, tokens: torch.Tensor, lengths: list[int], start: list[int] | None = None) -> None:
+    def prefill(
+        self, tokens: torch.Tensor, lengths: list[int], start: list[int] | None = None, *, join: bool = False
+    ) -> None:
         """Put tokens into the cache, without scores.
 
         Args:
             tokens: `[batch, longest]` int64, each request's from column 0 on.
             lengths: how many of them count.
             start: how many tokens each request has in the cache already; None: none.
+            join: the last chunk may wait for the forward of the first tree, which must follow. That needs requests of
+                one length.
         """
         first = start or [0] * len(lengths)
-        for at in range(0, max(lengths, default=0), PREFILL_CHUNK):
-            chunk = tokens[:, at : min(at + PREFILL_CHUNK, max(lengths))]
-            begin = [f + at for f in first]
-            self.score(chunk, chain_bits(chunk.shape[1], self.device), None, begin, last_only=True)
+        longest = max(lengths, default=0)
+        join = join and longest > 0 and min(lengths) == longest and max(first) == min(first)
+        hidden = []
+        for at in range(0, longest, PREFILL_CHUNK):
+            chunk = tokens[:, at : min(at + PREFILL_CHUNK, longest)]
+            if join and at + PREFILL_CHUNK >= longest:
+                self._unread = chunk
+                return
+            bits = chain_bits(chunk.shape[1], self.device)
+            # a prompt that is over stays at its end: what is written there is overwritten later
+            before = [f + min(at, length) for f, length in zip(first, lengths, strict=True)]
+            self.score(chunk, bits, None, before, last_only=True)
+            if self.hidden is not None:
+                hidden.append(self.hidden)
+        if self._states is not None:
+            self.hidden = torch.cat(hidden, 1) if hidden else self._no_hidden(len(lengths))
 
     def score(
         self,
         tokens: torch.Tensor,
         ancestors: torch.Tensor,
         depth: torch.Tensor | None,
-        prefix: list[int],
+        prefix: Prefix | list[int],
         *,
         offset: int = 0,
         last_only: bool = False,
@@ -125,48 +176,142 @@ class Scorer:
         """One forward over nodes of a tree.
 
         Args:
-            tokens: `[batch, rows]` int64; what is no token (a missing candidate) is read as 0.
+            tokens: `[batch, rows]` int64; what is no token (a missing candidate) is read as any other.
             ancestors: `[batch or 1, rows, words]` int32.
             depth: `[rows]` or `[batch, rows]` int64, in tokens below the root; None: a chain.
             prefix: each request's slots before its tree.
             offset: the first row's node number.
-            last_only: skip the other rows' logits where the model can; the result is then not used.
+            last_only: skip all but the last row's logits where the model can.
 
         Returns:
-            `[batch, rows, vocab]` logits in the model's dtype.
+            `[batch, rows, vocab]` logits in the model's dtype; with `last_only` the last row's, if not all.
         """
+        if not isinstance(prefix, Prefix):
+            prefix = Prefix.of(prefix, self.device)
         rows = tokens.shape[1]
-        device = self.device
+        wanted = 1 if last_only else rows
         if depth is None:
-            depth = torch.arange(rows, device=device)
-        prefix_lengths = torch.tensor(prefix, dtype=torch.int32, device=device)
-        positions = prefix_lengths.long()[:, None] + depth
-        if self.positions:
+            depth = chain_depths(rows, self.device)
+        if self._unread is not None:
+            tokens, ancestors, depth, prefix = self._join(tokens, ancestors, depth, prefix)
+        logits = self._forward(tokens, ancestors, depth, prefix, offset, wanted)
+        return logits if last_only or logits.shape[1] == rows else logits[:, -rows:]
+
+    def keep(self, prefix: Prefix, path: torch.Tensor, length: torch.Tensor) -> None:
+        """Move the accepted nodes to the end of each request's prefix."""
+        self.cache.keep(prefix, path, length)
+
+    def _forward(
+        self,
+        tokens: torch.Tensor,
+        ancestors: torch.Tensor,
+        depth: torch.Tensor,
+        prefix: Prefix,
+        offset: int,
+        wanted: int,
+    ) -> torch.Tensor:
+        rows = tokens.shape[1]
+        few = rows <= LARGEST and (wanted == rows or rows <= 2)
+        if self.graphs is not None and few and self.cache.layers[0].is_initialized:
+            outputs = self._replay(self.graphs, tokens, ancestors, depth, prefix, offset, wanted)
+        else:
+            self.cache.place(prefix, offset, rows)
+            same = prefix.longest if prefix.same else None
+            near_the_end = prefix.longest + offset + rows > self.positions
+            outputs = self._run(tokens, ancestors, depth, prefix.lengths, wanted, same, near_the_end)
+        self.hidden = outputs.hidden
+        return outputs.logits
+
+    def _replay(
+        self,
+        graphs: Graphs,
+        tokens: torch.Tensor,
+        ancestors: torch.Tensor,
+        depth: torch.Tensor,
+        prefix: Prefix,
+        offset: int,
+        wanted: int,
+    ) -> Outputs:
+        """The forward with rows and prefixes rounded up, so that one graph serves many steps."""
+        batch, rows = tokens.shape
+        padded = row_bucket(rows)
+        words = 1 << (-(-(offset + padded) // 32) - 1).bit_length()
+        more = (0, padded - rows)
+        tokens, depth = F.pad(tokens, more), F.pad(depth.expand(batch, rows), more)
+        ancestors = F.pad(ancestors[..., :words], (0, max(words - ancestors.shape[-1], 0), *more))
+        bound = prefix_bucket(prefix.longest)
+        kept = padded if wanted == rows else wanted
+        self.cache.place(prefix, offset, padded, bound)
+
+        def forward(
+            tokens: torch.Tensor, ancestors: torch.Tensor, depth: torch.Tensor, lengths: torch.Tensor
+        ) -> Outputs:
+            self.cache.aim(lengths, offset, padded)
+            return self._run(tokens, ancestors, depth, lengths, kept, None, True)
+
+        key = (batch, padded, offset, bound, kept)
+        outputs = graphs.run(key, self.cache.version, forward, (tokens, ancestors, depth, prefix.lengths))
+        if rows == padded:
+            return outputs
+        hidden = None if outputs.hidden is None else outputs.hidden[:, :rows]
+        return Outputs(outputs.logits[:, :rows], hidden)
+
+    def _run(
+        self,
+        tokens: torch.Tensor,
+        ancestors: torch.Tensor,
+        depth: torch.Tensor,
+        lengths: torch.Tensor,
+        wanted: int,
+        same: int | None,
+        near_the_end: bool,
+    ) -> Outputs:
+        """Call the model; everything that depends on a number on the host comes as such."""
+        positions = lengths.long()[:, None] + depth if same is None else depth + same
+        if self.positions and near_the_end:
             positions = positions.clamp(max=self.positions - 1)  # nodes past the last position are never emitted
-        self.cache.place([start + offset for start in prefix], rows, max(prefix))
-        step = TreeStep(ancestors, prefix_lengths)
-        options: dict[str, Any] = {"logits_to_keep": 1} if last_only and self._last_only else {}
+        step = TreeStep(ancestors, lengths, self.cache.before(lengths), same)
+        options: dict[str, Any] = {"logits_to_keep": wanted} if wanted < tokens.shape[1] and self._last_only else {}
         if self.tree:
             options |= {"attention_mask": step.packed(), "mcsd_tree": step}
         else:
             options |= {"attention_mask": self._additive(step)}
         output = self.model(
-            input_ids=torch.where((tokens >= 0) & (tokens < self.vocab), tokens, 0),
-            position_ids=positions,
+            input_ids=tokens.clamp(0, self.vocab - 1),
+            position_ids=positions.expand(tokens.shape),
             past_key_values=self.cache,
             use_cache=True,
             return_dict=True,
             **options,
         )
-        logits: torch.Tensor = output.logits
-        return logits
+        self.cache.may_skip = step.windows == self.cache.windows
+        return Outputs(output.logits, None if self._states is None else self._states.last)
 
-    def keep(self, prefix: list[int], path: torch.Tensor, length: torch.Tensor) -> None:
-        """Move the accepted nodes to the end of each request's prefix."""
-        self.cache.keep(torch.tensor(prefix, dtype=torch.int32, device=self.device), path, length)
+    def _join(
+        self, tokens: torch.Tensor, ancestors: torch.Tensor, depth: torch.Tensor, prefix: Prefix
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Prefix]:
+        """The unread end of the prompts and the tree after it, as one tree."""
+        assert self._unread is not None
+        chain, self._unread = self._unread, None
+        count = chain.shape[1]
+        whole = torch.cat([chain, tokens], 1)
+        depth = torch.cat([chain_depths(count, self.device).expand(*depth.shape[:-1], count), depth + count], -1)
+        return whole, after_chain(ancestors, count), depth, prefix.back(count)
+
+    def _no_hidden(self, batch: int) -> torch.Tensor:
+        """`[batch, 0, hidden]`: prompts of one token leave nothing to read."""
+        head = self.model.get_output_embeddings().weight
+        return head.new_empty(batch, 0, head.shape[1])
 
     def _additive(self, step: TreeStep) -> torch.Tensor:
         """A float mask, which eager attention and SDPA both take; eager adds a bool one as if it were 0 and 1."""
         mask = step.mask(self.cache.used)
         dtype = self.model.dtype
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+        return mask.expand(step.prefix_lengths.shape[0], -1, -1, -1)
+
+
+def _layers(config: Any) -> list[Any]:
+    """The layers of the cache that transformers would make, one for each layer of the model."""
+    layers: list[Any] = DynamicCache(config=config).layers
+    return layers

@@ -20,6 +20,7 @@ from rich.tree import Tree
 if TYPE_CHECKING:
     from .inspection import Node, Step
     from .pairs import Pair, Run
+    from .profile import Profile
     from .stats import Stats
 
 PHASES = ("prefill", "draft", "score", "verify", "keep", "other")
@@ -45,6 +46,29 @@ def waiting(text: str, quiet: bool = False) -> Iterator[None]:
     else:
         with Live(Text(f"{text} ...", style="dim"), console=console, auto_refresh=False, transient=True):
             yield
+
+
+class Progress:
+    """A line on a terminal that says what is being done and how much of it; a context manager."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        console = stderr()
+        lively = console.is_terminal and not quiet
+        self._live = Live(console=console, auto_refresh=False, transient=True) if lively else None
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def report(self, what: str, done: int, of: int) -> None:
+        """Say it."""
+        if self._live:
+            self._live.update(Text(f"{what}: {done} of {of} ...", style="dim"), refresh=True)
 
 
 class Detokenizer:
@@ -181,7 +205,7 @@ def header(pair: Pair, threads: int) -> list[str]:
     where = f"{pair.device}, {threads} thread{'s' * (threads != 1)}" if pair.device.type == "cpu" else str(pair.device)
     lines = [
         f"target {pair.settings.target} · draft {pair.draft_name} · {pair.dtype} on {where}",
-        f"tree {pair.tree} · proposal {pair.drafter.proposal} · rule {pair.settings.rule.value} · "
+        f"tree {pair.tree} · proposal {pair.drafter.proposal} · rule {pair.settings.chosen_rule} · "
         f"temperature {pair.settings.temperature:g}",
     ]
     if pair.dtype != "float32":
@@ -282,6 +306,60 @@ def step_line(step: Step) -> Text:
     """One step in a line."""
     accepted, offered = len(step.path) - 1, sum(node.token >= 0 for node in step.nodes[1:])
     return Text(f"  {accepted} of {offered} candidates accepted, {len(step.tokens)} tokens: {quoted(step.text)}")
+
+
+def diagnostics_table(summary: dict[str, Any]) -> Table:
+    """What was overlapping, accepted and possible at each depth."""
+    table = Table(show_edge=False, pad_edge=False, header_style="dim")
+    for name in ("depth", "visits", "Σ min(p, q)", "accepted", "expected", "α* with", "α* without"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in summary["by_depth"]:
+        shares = [row[name] for name in ("overlap", "accepted", "expected", "optimum_with", "optimum_without")]
+        table.add_row(str(row["depth"]), str(row["visits"]), *("-" if x is None else f"{x:.3f}" for x in shares))
+    return table
+
+
+def diagnostics_line(summary: dict[str, Any]) -> str:
+    """The whole recording in a line."""
+    return (
+        f"{summary['steps']} target calls, {summary['tokens_per_call']:.2f} tokens per call, MCSD's acceptance rate "
+        f"{summary['mcsd_acceptance_rate']:.2f}; expected: of the recursive rule, given the candidates; α*: what no "
+        "lossless rule exceeds, drawing with replacement and without"
+    )
+
+
+_SHORT = {"without_replacement": "without repl.", "with_replacement": "with repl."}
+
+
+def profile_table(profile: Profile) -> Table:
+    """The trees that were measured, the fastest first; * is made by hand."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for name in ("tree", "nodes", "proposal", "rule", "per call", "tokens/s", "predicted"):
+        table.add_column(name, justify="left" if name in ("tree", "proposal", "rule") else "right", no_wrap=True)
+    for row in sorted(profile.shapes, key=lambda row: -row["tokens_per_second"]):
+        name = ",".join(map(str, row["branching"])) if row["branching"] else f"depth {row['depth']}"
+        predicted = row["predicted_tokens_per_second"]
+        table.add_row(
+            name + ("*" if row["hand_made"] else ""),
+            str(row["nodes"]),
+            _SHORT.get(row["proposal"], row["proposal"]),
+            row["rule"],
+            f"{row['tokens_per_call']:.2f}",
+            f"{row['tokens_per_second']:.1f}",
+            "" if predicted is None else f"{predicted:.1f}",
+        )
+    table.add_row("plain decoding", "1", "", "", "1.00", f"{profile.plain_tokens_per_second:.1f}", "")
+    return table
+
+
+def profile_line(profile: Profile) -> str:
+    """What was chosen."""
+    plain = profile.plain_tokens_per_second
+    speed = f", {profile.tokens_per_second / plain:.2f} × plain decoding" if plain else ""
+    return (
+        f"chosen: {len(profile.parents) - 1} candidates, {profile.proposal}, {profile.rule}: "
+        f"{profile.tokens_per_second:.1f} tokens/s{speed}"
+    )
 
 
 def quoted(text: str) -> str:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from .profile import Profile
 
 # The bundled draft on a CPU: there every node costs, and a second level costs more than it brings (docs/notes.md).
 DEFAULT_BRANCHING = (2,)
@@ -37,7 +41,7 @@ class Settings:
     """The options that every generating command has; the annotations are their help.
 
     Raises:
-        ValueError: `branching` is not a list of whole numbers.
+        ValueError: `branching` is not a list of whole numbers, or there is no such profile.
     """
 
     target: Annotated[str, typer.Option(help="A folder, a name on the model hub, or the bundled model.")] = (
@@ -62,10 +66,22 @@ class Settings:
         Proposal | None,
         typer.Option(
             help="How siblings are drawn.",
-            show_default="the drafter's own; for a model without_replacement, point at temperature 0",
+            show_default="the profile's, or the drafter's own; for a model without_replacement, point at temperature 0",
         ),
     ] = None
-    rule: Annotated[Rule, typer.Option(help="The order in which the tree is verified.")] = Rule.RECURSIVE
+    rule: Annotated[
+        Rule | None,
+        typer.Option(
+            help="The order in which the tree is verified.", show_default=f"the profile's, or {Rule.RECURSIVE.value}"
+        ),
+    ] = None
+    profile: Annotated[
+        str | None,
+        typer.Option(help="A file from `mcsd tune`: its tree, in place of --branching.", show_default=False),
+    ] = None
+    adaptive: Annotated[
+        bool, typer.Option("--adaptive", help="Let the tree grow and shrink with what was accepted; needs --profile.")
+    ] = False
     temperature: Annotated[float, typer.Option(help="0 is greedy decoding.")] = 1.0
     top_k: Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")] = 0
     top_p: Annotated[float, typer.Option(help="Keep the most probable tokens up to this mass; 1 keeps all.")] = 1.0
@@ -85,6 +101,29 @@ class Settings:
 
     def __post_init__(self) -> None:
         _ = self.factors
+        if self.adaptive and self.profile is None:
+            raise ValueError("adaptive: expected a --profile beside it, which says what to expect of each tree")
+        if self.profile is not None and self.branching is not None:
+            raise ValueError("branching: expected either --branching or --profile, which brings its own tree")
+        tuned = self.tuned
+        if self.rule is None:
+            object.__setattr__(self, "rule", Rule(tuned.rule) if tuned else Rule.RECURSIVE)
+        if self.proposal is None and tuned is not None:
+            object.__setattr__(self, "proposal", Proposal(tuned.proposal_at(self.temperature)))
+
+    @property
+    def chosen_rule(self) -> str:
+        """The rule, given or not."""
+        return (self.rule or Rule.RECURSIVE).value
+
+    @cached_property
+    def tuned(self) -> Profile | None:
+        """The profile, read."""
+        if self.profile is None:
+            return None
+        from .profile import Profile
+
+        return Profile.load(self.profile)
 
     @property
     def factors(self) -> tuple[int, ...] | None:

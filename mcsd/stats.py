@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,8 @@ class Stats:
         seconds: wall time by phase: prefill, draft, score, verify, keep, other.
         interrupted: generation was stopped from the keyboard.
         status: for each request the `mcsd_kernels.Status` bits met, 0 for none.
+        proposed_by_origin: candidates by `Proposal.origin`, where a drafter says it.
+        accepted_by_origin: those accepted.
     """
 
     target_calls: int = 0
@@ -32,6 +34,8 @@ class Stats:
     seconds: dict[str, float] = field(default_factory=dict)
     interrupted: bool = False
     status: list[int] = field(default_factory=list)
+    proposed_by_origin: dict[int, int] = field(default_factory=dict)
+    accepted_by_origin: dict[int, int] = field(default_factory=dict)
 
     @property
     def tokens_per_call(self) -> float:
@@ -68,8 +72,19 @@ class Stats:
             self.tested_by_depth[depth] += 1
             self.accepted_by_depth[depth] += depth < accepted
 
+    def count_origins(self, proposed: Iterable[int], accepted: Iterable[int]) -> None:
+        """Record where one request's candidates came from, and those accepted; a negative entry is none."""
+        for row, origins in ((self.proposed_by_origin, proposed), (self.accepted_by_origin, accepted)):
+            for origin in origins:
+                if origin >= 0:
+                    row[origin] = row.get(origin, 0) + 1
+
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
+        origins = {
+            "proposed_by_origin": self.proposed_by_origin,
+            "accepted_by_origin": self.accepted_by_origin,
+        }
         return {
             "tokens": self.tokens,
             "target_calls": self.target_calls,
@@ -79,4 +94,5 @@ class Stats:
             "seconds": {name: round(value, 6) for name, value in self.seconds.items()},
             "interrupted": self.interrupted,
             "status": self.status,
+            **(origins if self.proposed_by_origin else {}),
         }

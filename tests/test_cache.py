@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 import mcsd
-from mcsd.cache import TreeCache
+from mcsd.cache import BLOCK, Prefix, TreeCache
 from mcsd.scoring import PREFILL_CHUNK, Scorer
 from mcsd.trees import TreeShape, chain_bits, columns
 from tests.tiny import greedy, pad, perturbed, plain_logits, prompt, tiny
@@ -44,11 +44,17 @@ class Naive:
     def check(self, cache: TreeCache) -> None:
         for index, layer in enumerate(self.slots):
             stored = cache.layers[index]
+            keys, values = stored.store.keys[:, stored.row], stored.store.values[:, stored.row]
+            assert keys.shape[2] == CAPACITY
             for request, slots in enumerate(layer):
                 for slot in range(CAPACITY):
-                    found = stored.keys[request, :, slot], stored.values[request, :, slot]
+                    found = keys[request, :, slot], values[request, :, slot]
                     wanted = slots.get(slot, (torch.zeros_like(found[0]), torch.zeros_like(found[1])))
                     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1]), (index, request, slot)
+
+
+def prefix_of(lengths: list[int]) -> Prefix:
+    return Prefix.of(lengths, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -56,10 +62,11 @@ class Naive:
 def test_writes_and_moves_are_ragged(shapes: list[tuple[int, int, int]], dtype: torch.dtype) -> None:
     random = torch.Generator().manual_seed(0)
     batch = 3
-    cache, naive = TreeCache(len(shapes), CAPACITY), Naive(len(shapes), batch)
+    cache, naive = TreeCache([None] * len(shapes), CAPACITY), Naive(len(shapes), batch)
 
-    def forward(first: list[int], count: int, longest: int | None = None) -> None:
-        cache.place(first, count, longest)
+    def forward(prefix: list[int], offset: int, count: int) -> None:
+        cache.place(prefix_of(prefix), offset, count)
+        first = [length + offset for length in prefix]
         for layer, (heads, key_width, value_width) in enumerate(shapes):
             key = torch.randn(batch, heads, count, key_width, generator=random).to(dtype)
             value = torch.randn(batch, heads, count, value_width, generator=random).to(dtype)
@@ -73,47 +80,143 @@ def test_writes_and_moves_are_ragged(shapes: list[tuple[int, int, int]], dtype: 
                 assert torch.equal(values[request, :, start : start + count], value[request])
         naive.check(cache)
 
-    forward([0, 0, 0], 5)
+    forward([0, 0, 0], 0, 5)
     prefix = [5, 2, 4]
     for path, length in (
         ([[0, 2, 5, -1], [0, -1, -1, -1], [0, 1, 3, 6]], [3, 1, 4]),
         ([[0, 1, 2, 3], [0, 6, -1, -1], [0, 3, 5, -1]], [4, 2, 3]),  # a path that lies in order need not move
         ([[0, -1, -1, -1], [0, 1, -1, -1], [0, 2, 4, 6]], [1, 2, 4]),
     ):
-        forward(prefix, 7, max(prefix))
+        forward(prefix, 0, 3)
+        forward(prefix, 3, 4)
         assert cache.get_seq_length() == max(prefix)
-        cache.keep(torch.tensor(prefix), torch.tensor(path), torch.tensor(length))
+        cache.keep(prefix_of(prefix), torch.tensor(path), torch.tensor(length))
         naive.keep(prefix, path, length)
         naive.check(cache)  # and nothing else has moved, not even what was rejected
         prefix = [p + n for p, n in zip(prefix, length, strict=True)]
 
 
 def test_an_equal_start_takes_the_short_way() -> None:
-    cache = TreeCache(1, CAPACITY)
-    cache.place([3, 3], 4)
-    assert cache.slots == 3
-    cache.place([3, 2], 4)
-    assert torch.equal(torch.as_tensor(cache.slots), torch.tensor([[3, 4, 5, 6], [2, 3, 4, 5]]))
+    cache = TreeCache([None], CAPACITY)
+    part = torch.ones(2, 1, 4, 4)
+    cache.place(prefix_of([3, 3]), 0, 4)
+    cache.update(part, part, 0)
+    store = cache.layers[0].store
+    assert store.slots == 3
+    cache.place(prefix_of([3, 2]), 0, 4)
+    assert torch.equal(torch.as_tensor(store.slots), torch.tensor([[3, 4, 5, 6], [2, 3, 4, 5]]))
     assert cache.used == 7 and cache.get_max_length() == CAPACITY
 
 
-def test_layers_of_one_shape_share_one_allocation() -> None:
-    cache = TreeCache(3, CAPACITY)
-    cache.place([0, 0], 2)
-    for layer, width in enumerate((4, 6, 4)):
+def test_layers_of_one_shape_and_window_share_one_allocation() -> None:
+    cache = TreeCache([None, None, None, 8], CAPACITY)
+    cache.place(prefix_of([0, 0]), 0, 2)
+    for layer, width in enumerate((4, 6, 4, 4)):
         part = torch.ones(2, 1, 2, width)
         cache.update(part, part, layer)
-    first, second, third = (cache.layers[i].keys.untyped_storage().data_ptr() for i in range(3))
-    assert first == third != second
+    first, second, third, fourth = (cache.layers[i].store.keys.untyped_storage().data_ptr() for i in range(4))
+    assert first == third and len({first, second, fourth}) == 3
 
 
 def test_more_nodes_than_slots_is_an_error() -> None:
     for first in ([CAPACITY - 2, CAPACITY - 2], [CAPACITY - 2, 0]):
-        cache = TreeCache(1, CAPACITY)
-        cache.place(first, 4)
+        cache = TreeCache([None], CAPACITY)
         part = torch.ones(2, 1, 4, 4)
         with pytest.raises((RuntimeError, IndexError)):
+            cache.place(prefix_of(first), 0, 4)
             cache.update(part, part, 0)
+
+
+def test_room_grows_with_the_text_and_keeps_what_is_there() -> None:
+    cache = TreeCache([None], 20_000)
+    lengths, rooms = [0, 0], []
+    while max(lengths) < 5_000:
+        prefix = prefix_of(lengths)
+        cache.place(prefix, 0, 100)
+        part = torch.stack([torch.arange(n, n + 100.0) for n in lengths])[:, None, :, None].expand(2, 1, 100, 4)
+        keys, values = cache.update(part, -part, 0)
+        for request, length in enumerate(lengths):
+            wanted = torch.arange(length + 100.0)[None, :, None].expand(1, -1, 4)
+            assert torch.equal(keys[request, :, : length + 100], wanted)
+            assert torch.equal(values[request, :, : length + 100], -wanted)
+        store = cache.layers[0].store
+        rooms.append(store.room)
+        assert store.room <= 1.25 * (max(lengths) + 100) + BLOCK and store.room % BLOCK == 0
+        lengths = [lengths[0] + 100, lengths[1] + 37]
+    assert len(set(rooms)) < 18, "it grows by a share of itself, not at every step"
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss"])
+def test_windowed_layers_drop_what_is_behind_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mcsd.cache.BLOCK", 8)
+    monkeypatch.setattr("mcsd.cache.REREAD", 1)
+    monkeypatch.setattr("mcsd.scoring.PREFILL_CHUNK", 16)
+    caches = []
+    made = Scorer.__init__
+
+    def remembers(self: Scorer, *arguments: Any, **options: Any) -> None:
+        made(self, *arguments, **options)
+        caches.append(self.cache)
+
+    monkeypatch.setattr(Scorer, "__init__", remembers)
+    model = tiny(name)
+    ids, mask = pad([prompt(70, 1), prompt(4, 2), prompt(33, 3)])
+    found = mcsd.generate(model, perturbed(model), ids, mask, max_new_tokens=30, temperature=0.0)
+    assert torch.equal(found.sequences, greedy(model, ids, mask, 30))
+    for cache in caches:
+        windowed = [layer.store for layer in cache.layers if layer.store.window is not None]
+        full = [layer.store for layer in cache.layers if layer.store.window is None]
+        assert windowed and all(min(store.skipped) > 8 and store.room <= 64 for store in windowed)
+        assert all(store.skipped == [0, 0, 0] and store.room >= 100 for store in full)
+
+
+def test_a_model_that_drops_the_tree_keeps_whole_windows() -> None:
+    # the packed mask has one prefix length for all layers, so no layer may begin elsewhere
+    model = tiny("mistral")
+    scorer = Scorer(model, 100)
+    forward = model.forward
+    model.forward = lambda **options: forward(**{k: v for k, v in options.items() if k != "mcsd_tree"})
+    text = prompt(80, 1)
+    with torch.inference_mode(), scorer.attending():
+        scorer.prefill(torch.tensor([text[:-1]]), [79])
+        found = scorer.score(torch.tensor([text[-1:]]), chain_bits(1), None, [79])[0, 0]
+    del model.forward
+    assert not scorer.cache.may_skip
+    assert (found - plain_logits(model, text)).abs().max() < 1e-4
+
+
+def test_the_first_tree_may_bring_the_prompt_along() -> None:
+    model = tiny()
+    shape = TreeShape.of((3, 2, 2))
+    for length, chunk in ((45, 512), (45, 20), (40, 20), (1, 20)):
+        texts = [prompt(length, 1), prompt(length, 2)]
+        nodes = torch.tensor([prompt(shape.nodes, 3), prompt(shape.nodes, 4)])
+        apart, joined = Scorer(model, 80), Scorer(model, 80)
+        calls: list[int] = []
+        hook = model.register_forward_hook(lambda module, args, output, calls=calls: calls.append(0))
+        with torch.inference_mode(), apart.attending(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("mcsd.scoring.PREFILL_CHUNK", chunk)
+            counts = []
+            found = []
+            for scorer, join in ((apart, False), (joined, True)):
+                calls.clear()
+                scorer.prefill(columns(texts, scorer.device), [length] * 2, join=join)
+                found.append(scorer.score(nodes, shape.ancestors, shape.depth, [length] * 2))
+                counts.append(len(calls))
+                # and a second tree, after a path of the first was kept
+                path = torch.tensor([[0, 2, 6, 13], [0, 3, -1, -1]])
+                scorer.keep(prefix_of([length] * 2), path, torch.tensor([4, 2]))
+                found.append(scorer.score(nodes, shape.ancestors, shape.depth, [length + 4, length + 2]))
+        hook.remove()
+        assert counts[1] == counts[0] - 1
+        assert (found[0] - found[2]).abs().max() < 1e-4 and (found[1] - found[3]).abs().max() < 1e-4
+
+
+def test_prompts_of_different_lengths_are_read_at_once() -> None:
+    scorer = Scorer(tiny(), 40)
+    with torch.inference_mode(), scorer.attending():
+        scorer.prefill(torch.tensor([prompt(9, 1), prompt(9, 2)]), [9, 7], join=True)
+    assert scorer.cache.layers[0].is_initialized
 
 
 # Prompts in chunks

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect as python_inspect
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 import textwrap
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from transformers import MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner, Result
 
 import mcsd
-from mcsd import doctor, models, screen, settings
+from mcsd import batch, doctor, models, screen, settings
 from mcsd.cli import app
 from mcsd.drafters import ModelDrafter
 from mcsd.pairs import Pair
@@ -108,7 +110,7 @@ def test_defaults_are_the_library_s() -> None:
     for name in ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "seed"):
         assert getattr(ours, name) == defaults[name], name
     assert defaults["branching"] == settings.OTHER_BRANCHING
-    assert ours.rule.value == defaults["rule"]
+    assert ours.chosen_rule == (defaults["rule"] or "recursive")
 
 
 @pytest.mark.parametrize(
@@ -393,6 +395,144 @@ def test_results_of_something_else_are_not_touched(pair_options: list[str], prom
     prompt_file.write_text('{"id": "one", "prompt": "Goodbye"}')
     assert "the result of another prompt 'one'" in failure(call("generate", *options))
     assert output.read_bytes() == kept
+
+
+def shared_run(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    """Two processes under torchrun, as a user would start them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command += ["-m", "mcsd", "generate", "--json", *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def test_processes_share_a_batch_through_a_kill(pair_options: list[str], tmp_path: Path) -> None:
+    """Killed once some rows are there, started again: every prompt once, in order, as one process would write it."""
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "results.jsonl"
+    prompts.write_text("\n".join(f"prompt number {n}" for n in range(60)))
+    options = [*pair_options, "--max-new-tokens", "12", "--batch-file", str(prompts), "--output", str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = shared_run(options, environment)
+    deadline = time.monotonic() + 120
+
+    def written() -> list[int]:
+        return [part.read_bytes().count(b"\n") for part in sorted(tmp_path.glob("results.jsonl.part-*"))]
+
+    while (len(written()) < 2 or min(written()) < 2) and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    first.terminate()  # torchrun ends its workers, in the middle of whatever they write
+    _, complaint = first.communicate()
+    kept = sum(written())
+    assert 4 <= kept < 60, complaint
+    torn = tmp_path / "results.jsonl.part-1"
+    torn.write_bytes(torn.read_bytes() + b'{"id": 58, "prom')
+    second = shared_run(options, environment)
+    _, complaint = second.communicate(timeout=120)
+    assert second.returncode == 0, complaint
+    assert sorted(tmp_path.glob("results.jsonl*")) == [output]
+    rows = rows_of(output.read_text())
+    assert [row["id"] for row in rows] == list(range(1, 61))
+    assert [row["prompt"] for row in rows] == prompts.read_text().split("\n")
+    some = tmp_path / "some.txt"
+    some.write_text("prompt number 0")
+    alone = rows_of(call("generate", *pair_options, "--max-new-tokens", "12", "--batch-file", str(some)).stdout)
+    assert rows[0]["tokens"] == alone[0]["tokens"]
+
+
+def test_shares_cover_every_prompt_once() -> None:
+    prompts = [batch.Prompt(n, "", n) for n in range(11)]
+    for count in (1, 2, 3):
+        shares = [batch.Share.of_environment({"RANK": str(r), "WORLD_SIZE": str(count)}) for r in range(count)]
+        assert sorted(p.id for share in shares for p in prompts if share.has(p)) == list(range(11))
+    for wrong in ({"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}):
+        with pytest.raises(ValueError, match="RANK, WORLD_SIZE: expected numbers"):
+            batch.Share.of_environment(wrong)
+
+
+def test_parts_of_any_number_of_processes_are_taken_up(tmp_path: Path) -> None:
+    """Interrupted with three processes, finished by one; and a second writer of the same part is refused."""
+    path = tmp_path / "results.jsonl"
+    prompts = [batch.Prompt(n, f"text {n}", n) for n in range(7)]
+    for rank in range(3):
+        with batch.Results(path, prompts, {"a": 1}, batch.Share(rank, 3)) as results:
+            results.write(results.todo[0], {"prompt": results.todo[0].text})
+            assert not results.finish()
+            with pytest.raises(ValueError, match="another process is writing it"):
+                batch.Results(path, prompts, {"a": 1}, batch.Share(rank, 3))
+    with batch.Results(path, prompts, {"a": 1}) as results:
+        assert [prompt.id for prompt in results.todo] == [3, 4, 5, 6]
+        for prompt in results.todo:
+            results.write(prompt, {"prompt": prompt.text})
+        assert results.finish()
+    assert sorted(tmp_path.iterdir()) == [path]
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == list(range(7))
+
+
+def test_processes_need_a_file(pair_options: list[str], prompt_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = ["--max-new-tokens", "3", "--batch-file", str(prompt_file)]
+    assert "output: expected a file, which 2 processes" in failure(call("generate", "--json", *pair_options, *options))
+
+
+# ---- tune, profiles and pictures
+
+
+def test_tune_writes_a_profile_that_generate_uses(pair_options: list[str], tmp_path: Path) -> None:
+    profile = tmp_path / "profile.json"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Hello\nAnd again")
+    sizes = ["--nodes", "4", "--depth", "2", "--width", "2", "--max-new-tokens", "8", "--output", str(profile)]
+    result = call("tune", *pair_options, *sizes, "--prompt-file", str(prompts))
+    assert result.exit_code == 0, result.output
+    for word in ("plain decoding", "chosen:", "4,2,2*", "without repl."):
+        assert word in result.stdout
+    row = json.loads(call("generate", "--json", *pair_options, "--profile", str(profile), "Hello").stdout)
+    found = json.loads(profile.read_text())
+    assert row["settings"]["parents"] == found["parents"]
+    assert (row["settings"]["proposal"], row["settings"]["rule"]) == (found["proposal"], found["rule"])
+    shown = call("generate", *pair_options, "--profile", str(profile), "--temperature", "0.5", "Hello").stderr
+    assert "the profile was measured with temperature 1.0, not 0.5" in shown
+    options = ["--json", *pair_options, "--profile", str(profile), "--adaptive", "Hello"]
+    assert json.loads(call("generate", *options).stdout)["settings"]["adaptive"] is True
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("generate", ["--profile", "nowhere.json", "Hello"], "profile: expected a file written by `mcsd tune`"),
+        ("generate", ["--adaptive", "Hello"], "adaptive: expected a --profile beside it"),
+        ("generate", ["--profile", "x", "--branching", "2", "Hello"], "branching: expected either --branching or"),
+        ("tune", ["--branching", "2"], "profile, branching: expected neither"),
+        ("tune", ["--draft", "ngram"], "draft: expected a model, whose trees can be chosen"),
+        ("tune", ["--picture", "curve.bmp"], "picture: expected a name that ends in"),
+    ],
+)
+def test_tuning_mistakes_are_one_line(
+    pair_options: list[str], command: str, arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    options = ["--json", "--output", str(tmp_path / "p.json")] if command == "tune" else ["--json"]
+    assert message in failure(call(command, *options, *pair_options, *arguments))
+
+
+def test_plot_names_mistakes(tmp_path: Path) -> None:
+    assert "plot: cannot read" in failure(call("plot", str(tmp_path / "nowhere.json")))
+    notes = tmp_path / "notes.json"
+    notes.write_text("{}")
+    assert "is something else" in failure(call("plot", str(notes), "--output", str(tmp_path / "picture.svg")))
+
+
+def test_inspect_records_diagnostics(pair_options: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    result = call("inspect", *pair_options, "--steps", "5", "--no-trees", "--record", str(path), "Hello")
+    assert result.exit_code == 0, result.output
+    assert "α* without" in result.stdout and "MCSD's acceptance rate" in result.stdout
+    assert len(path.read_text().splitlines()) == 5
 
 
 # ---- the screen

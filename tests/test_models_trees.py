@@ -10,7 +10,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, T5Config
 
 import mcsd
 from mcsd.attention import TreeStep, tree_attention_in
-from mcsd.cache import TreeCache
+from mcsd.cache import Prefix, TreeCache
 from mcsd.scoring import Scorer
 from mcsd.trees import TreeShape, chain_bits, check_branching, columns
 from mcsd_kernels import ancestor_bits
@@ -136,7 +136,7 @@ def test_the_check_sees_a_fault(fault: str, dtype: torch.dtype, monkeypatch: pyt
         monkeypatch.setattr(
             TreeCache,
             "place",
-            lambda self, first, count, longest=None: place(self, [max(f - 1, 0) for f in first], count, longest),
+            lambda self, prefix, offset, count: place(self, prefix.back(1), offset, count),
         )
     verdict = mcsd.check(model)
     assert not verdict and verdict.error > verdict.tolerance and "differ" in verdict.reason
@@ -202,7 +202,7 @@ def test_the_packed_mask_alone_is_enough() -> None:
         scorer.prefill(torch.tensor([text]), [9])
         wanted = scorer.score(nodes, shape.ancestors, shape.depth, [9])
         step = TreeStep(shape.ancestors, torch.tensor([9], dtype=torch.int32))
-        scorer.cache.place([9], shape.nodes)
+        scorer.cache.place(Prefix.of([9], scorer.device), 0, shape.nodes)
         found = model(
             nodes, position_ids=9 + shape.depth[None], past_key_values=scorer.cache, attention_mask=step.packed()
         ).logits

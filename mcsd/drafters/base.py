@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mcsd_kernels import SamplingParams
+
+from ..cache import Prefix
+
+if TYPE_CHECKING:
+    from ..scoring import Scorer
 
 
 @dataclass
@@ -25,6 +30,13 @@ class State:
         device: where the proposal's tensors belong.
         capacity: the longest a request's committed tokens can become.
         vocab: size of the target's vocabulary.
+        hidden: for a drafter with `reads_hidden` the target's last hidden states, what its LM head reads, after its
+            most recent forward: in `begin` `[batch, longest prompt - 1, hidden]`, row t after the prompt's token t
+            (rows past a request's own prompt are undefined); in `keep` `[batch, nodes, hidden]`, row i after node i.
+            None otherwise.
+        scorer: the target with its cache, for a drafter with `reads_cache`; None in a state made by hand.
+        prefix: on the device and on the host, how many tokens each request has before its root.
+        tail: `[batch, 2]` int64 on the device: the last two committed tokens; the last one twice, if it is alone.
     """
 
     sequences: list[list[int]]
@@ -35,6 +47,21 @@ class State:
     device: torch.device
     capacity: int
     vocab: int
+    hidden: torch.Tensor | None = None
+    scorer: Scorer | None = None
+    prefix: Prefix = field(init=False)
+    tail: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Bring `prefix` and `tail` up to `sequences`, with one copy to the device."""
+        before = [len(sequence) - 1 for sequence in self.sequences]
+        rows = [(n, s[-2] if n else s[-1], s[-1]) for n, s in zip(before, self.sequences, strict=True)]
+        small = torch.tensor(rows, dtype=torch.int64).to(self.device, non_blocking=True)
+        self.prefix = Prefix(small[:, 0].int(), before)
+        self.tail = small[:, 1:]
 
 
 @dataclass
@@ -48,6 +75,17 @@ class Proposal:
         draft_logits: `[batch, nodes, vocab]`, or `[rows, vocab]` with `draft_rows`: what the children of each node were
             drawn from. None for "point".
         draft_rows: `[batch, nodes]` int32 row numbers.
+        point_nodes: `[nodes]` or `[batch, nodes]` bool: nodes that were chosen, not drawn; they come after the drawn
+            ones among their siblings. None: what `Drafter.proposal` says of all.
+        origin: `[nodes]` or `[batch, nodes]` int32 >= 0: which of several drafters proposed a node, for `Stats`.
+        draft_ids: `[draft_vocab]` int64, ascending: the target's token of each column of `draft_logits`, which are
+            then that wide. None: columns are the target's tokens.
+        draft_sampling: the draft's temperature and filters, where they are not the target's.
+        ancestors: `[batch or 1, nodes, words]` int32 and
+        node_depth: `[nodes]` or `[batch, nodes]` int64: what `parents` say, from a drafter that has it at hand (see
+            `mcsd_kernels.ancestor_bits`). None: worked out at every step.
+        scored: how many nodes, the first ones, the target scores; those after them are leaves that are tested all the
+            same, and an accepted one is the step's last token. None: all.
     """
 
     tokens: torch.Tensor
@@ -55,6 +93,13 @@ class Proposal:
     depth: int
     draft_logits: torch.Tensor | None = None
     draft_rows: torch.Tensor | None = None
+    point_nodes: torch.Tensor | None = None
+    origin: torch.Tensor | None = None
+    draft_ids: torch.Tensor | None = None
+    draft_sampling: SamplingParams | None = None
+    ancestors: torch.Tensor | None = None
+    node_depth: torch.Tensor | None = None
+    scored: int | None = None
 
 
 class Drafter(ABC):
@@ -65,9 +110,13 @@ class Drafter(ABC):
     Args:
         proposal: how siblings are drawn, one of `mcsd_kernels.verify`'s proposals; verification is lossless only if
             this is what `propose` really does.
+        reads_hidden: `State.hidden` is wanted.
+        reads_cache: `State.scorer` is used, so the target's cache must hold the prompts when `begin` is called.
     """
 
     proposal: str = "point"
+    reads_hidden: bool = False
+    reads_cache: bool = False
 
     @abstractmethod
     def propose(self, state: State) -> Proposal:
@@ -77,14 +126,17 @@ class Drafter(ABC):
         """A generation starts: the prompts are in `state`."""
 
     def keep(self, state: State, path: torch.Tensor, length: torch.Tensor) -> None:  # noqa: B027 - optional hook
-        """The target has spoken: `path` and `length` as `verify` returned them; `state` not yet advanced."""
+        """The target has spoken: `path` and `length` as `verify` returned them; `state` not yet advanced.
+
+        Where several drafters make up one tree, numbers past a proposal's own nodes belong to the others.
+        """
 
     def end(self) -> None:  # noqa: B027 - optional hook
         """The generation is over, however it ended."""
 
 
 class Adapter(Drafter):
-    """Any object with `propose`, and perhaps `proposal`, `begin`, `keep` and `end`, as a `Drafter`.
+    """Any object with `propose`, and perhaps what else a `Drafter` has, as a `Drafter`.
 
     Args:
         inner: the object.
@@ -93,6 +145,8 @@ class Adapter(Drafter):
     def __init__(self, inner: Any) -> None:
         self.inner = inner
         self.proposal = getattr(inner, "proposal", "point")
+        self.reads_hidden = bool(getattr(inner, "reads_hidden", False))
+        self.reads_cache = bool(getattr(inner, "reads_cache", False))
         for name in ("begin", "keep", "end"):
             if hasattr(inner, name):
                 setattr(self, name, getattr(inner, name))

@@ -1,0 +1,394 @@
+"""A drafter that reads the target's last hidden states: one decoder layer and a head over some of the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mcsd_kernels import SamplingParams, draw_candidates, tree_attention
+from mcsd_kernels._backend import choose
+
+from ..cache import Prefix
+from ..trees import StaticTree, chain_bits, check_branching, check_parents, columns, parents_of
+from .base import Drafter, Proposal, State
+from .stopping import Stopping, going_on
+
+_BRANCHING = (4, 2, 2)
+_FEW_ROWS = 8  # up to which int8 rows are read faster than bfloat16 ones
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """Shape of a `FeatureModel`.
+
+    Args:
+        vocab_size: of the target.
+        hidden_size: of the target; the draft's own width too.
+        intermediate_size: of the draft's feed-forward block.
+        heads: query heads.
+        kv_heads: key and value heads.
+        head_dim: width of a head, even.
+        draft_vocab: rows of the output head.
+        rope_theta: base of the rotary angles.
+        norm_eps: of the norms.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    draft_vocab: int
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+
+    def as_dict(self) -> dict[str, int | float]:
+        """Plain numbers, for JSON."""
+        return asdict(self)
+
+
+class FeatureModel(nn.Module):
+    """Guesses what the target's head will read after a token, from the token and what the head read before it.
+
+    Pair t is token t and the target's last hidden state after token t - 1 (zero for the first token). The layer's
+    output `g` after pair t stands for the hidden state after token t: the head turns it into the law of token t + 1,
+    and the next pair takes it where the target has not been yet.
+
+    `z = fc([norm(embedding(x)), norm(h)])`, one pre-norm decoder layer with rotary positions over `z`, then
+    `head(norm(g))` over the draft's tokens.
+
+    Args:
+        config: the shape.
+        embedding: `[vocab_size, hidden_size]`, the target's input embedding, shared and frozen.
+
+    Source: Li et al., arXiv 2401.15077 (EAGLE) and arXiv 2503.01840 (EAGLE-3, training on its own guesses).
+    """
+
+    draft_ids: torch.Tensor
+    embedding: torch.Tensor
+    inverse: torch.Tensor
+    packed: tuple[torch.Tensor, torch.Tensor] | None = None
+    """The head's rows as int8 `[draft_vocab, width]` and their scales `[draft_vocab]`, see `pack_head`."""
+
+    def __init__(self, config: FeatureConfig, embedding: torch.Tensor) -> None:
+        super().__init__()
+        self.config = config
+        width, heads, kv = config.hidden_size, config.heads * config.head_dim, config.kv_heads * config.head_dim
+        factory: dict[str, Any] = {"dtype": embedding.dtype, "device": embedding.device}
+        self.register_buffer("embedding", embedding.detach(), persistent=False)
+        steps = torch.arange(0, config.head_dim, 2, device=embedding.device, dtype=torch.float32)
+        self.register_buffer("inverse", config.rope_theta ** (-steps / config.head_dim), persistent=False)
+        self.register_buffer("draft_ids", torch.arange(config.draft_vocab, device=embedding.device), persistent=False)
+        self.embed_norm = nn.Parameter(torch.ones(width, **factory))
+        self.hidden_norm = nn.Parameter(torch.ones(width, **factory))
+        self.fc = nn.Linear(2 * width, width, bias=False, **factory)
+        self.attention_norm = nn.Parameter(torch.ones(width, **factory))
+        self.qkv = nn.Linear(width, heads + 2 * kv, bias=False, **factory)
+        self.output = nn.Linear(heads, width, bias=False, **factory)
+        self.feed_norm = nn.Parameter(torch.ones(width, **factory))
+        self.gate_up = nn.Linear(width, 2 * config.intermediate_size, bias=False, **factory)
+        self.down = nn.Linear(config.intermediate_size, width, bias=False, **factory)
+        self.head_norm = nn.Parameter(torch.ones(width, **factory))
+        self.head_rows = nn.Parameter(torch.empty(config.draft_vocab, width, **factory))
+
+    def mix(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """`z`, `[..., width]`, of tokens `[...]` int64 and the hidden states before them `[..., width]`."""
+        embedded = self._norm(F.embedding(tokens, self.embedding), self.embed_norm)
+        return self.fc(torch.cat([embedded, self._norm(hidden, self.hidden_norm)], -1))
+
+    def project(self, z: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, `[batch, heads, rows, head_dim]`, of `z` `[batch, rows, width]`.
+
+        Args:
+            z: from `mix`.
+            positions: `[batch or 1, rows]`, each token's place in its text.
+        """
+        config = self.config
+        batch, rows = z.shape[:2]
+        mixed = self.qkv(self._norm(z, self.attention_norm)).view(batch, rows, -1, config.head_dim)
+        angles = positions[..., None, None] * self.inverse
+        cosine, sine = angles.cos().to(z.dtype), angles.sin().to(z.dtype)
+        turned, value = mixed.split([config.heads + config.kv_heads, config.kv_heads], 2)
+        first, second = turned.chunk(2, -1)
+        turned = torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1)
+        query, key = turned.split([config.heads, config.kv_heads], 2)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def finish(self, z: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """The layer's output `g`, `[batch, rows, width]`.
+
+        Args:
+            z: from `mix`.
+            attended: `[batch, heads, rows, head_dim]`.
+        """
+        z = z + self.output(attended.transpose(1, 2).flatten(2))
+        gate, up = self.gate_up(self._norm(z, self.feed_norm)).chunk(2, -1)
+        return z + self.down(F.silu(gate) * up)
+
+    def features(self, g: torch.Tensor) -> torch.Tensor:
+        """What the head reads."""
+        return self._norm(g, self.head_norm)
+
+    def logits(self, g: torch.Tensor) -> torch.Tensor:
+        """`[..., draft_vocab]`; column c is token `draft_ids[c]`."""
+        features = self.features(g)
+        rows = features.numel() // features.shape[-1]
+        if self.packed is None or rows > _FEW_ROWS:
+            return F.linear(features, self.head_rows)
+        flat = torch.ops.aten._weight_int8pack_mm(features.reshape(rows, -1), *self.packed)
+        return flat.view(*features.shape[:-1], -1)
+
+    def pack_head(self, rows: torch.Tensor, scales: torch.Tensor) -> None:
+        """Read the head as int8 where that is faster: a few bfloat16 rows on a CPU, half the time at one row.
+
+        Args:
+            rows: `[draft_vocab, width]` int8.
+            scales: `[draft_vocab, 1]`; the head's rows are their products.
+        """
+        dtype, device = self.head_rows.dtype, self.head_rows.device
+        if device.type == "cpu" and dtype == torch.bfloat16 and hasattr(torch.ops.aten, "_weight_int8pack_mm"):
+            self.packed = rows.contiguous(), scales.flatten().to(dtype)
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (x.shape[-1],), weight, self.config.norm_eps)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the trees of one shape need at every step of a generation.
+
+    Args:
+        tree: the shape.
+        guess_of: for each level below the root, the place of each inner node's parent in the level above.
+        draws: for each level and each of its calls: seeds, node numbers and sampling parameters by row.
+        draft_rows: `[batch, nodes]` int32.
+    """
+
+    tree: StaticTree
+    guess_of: list[torch.Tensor]
+    draws: list[list[tuple[torch.Tensor, torch.Tensor, SamplingParams]]]
+    draft_rows: torch.Tensor
+
+
+class FeatureDrafter(Drafter):
+    """Draws the children of every node from a `FeatureModel` that follows the target's hidden states.
+
+    The model keeps keys and values of true pairs. When the target has spoken, the accepted tokens are read again with
+    their true hidden states, in one forward with the new root; guesses only live inside a tree.
+
+    Args:
+        model: trained by `python -m mcsd.distill`; `mcsd.draft_model.load_draft` returns it inside a drafter.
+        branching: children of a node at depth 0, 1, ...; None: what `mcsd.generate` is told.
+        proposal: how they are drawn; "point" takes the most probable ones.
+        parents: a tree of any shape in place of `branching`: -1 for the root, then each node's parent, which has a
+            smaller number; siblings in draw order.
+        sampling: temperature and filters of the draft; None: the target's.
+        stopping: asked at each level which of its nodes get children, see `Stopping`; None: all.
+
+    Raises:
+        ValueError: `branching` is not a list of whole numbers >= 1, or `parents` is no tree.
+    """
+
+    reads_hidden = True
+
+    def __init__(
+        self,
+        model: FeatureModel,
+        branching: Sequence[int] | None = None,
+        proposal: str = "without_replacement",
+        *,
+        parents: Sequence[int] | None = None,
+        sampling: SamplingParams | None = None,
+        stopping: Stopping | None = None,
+    ) -> None:
+        self.model, self.proposal, self.sampling, self.stopping = model, proposal, sampling, stopping
+        self._own_tree = branching is not None or parents is not None
+        self.branching = None if parents is not None else check_branching(branching or _BRANCHING)
+        self.parents = parents_of(branching or _BRANCHING) if parents is None else check_parents(parents)
+        self._keys = self._values = self._hidden = torch.empty(0)
+        self._read_up_to: list[int] = []
+        self._plans: dict[tuple[int, ...], _Plan] = {}
+
+    def with_branching(self, branching: Sequence[int], proposal: str) -> FeatureDrafter:
+        """A drafter with the same model and this tree; itself, if a tree was given to it."""
+        if self._own_tree:
+            return self
+        return FeatureDrafter(self.model, branching, proposal, sampling=self.sampling, stopping=self.stopping)
+
+    def with_tree(self, parents: Sequence[int], proposal: str) -> FeatureDrafter:
+        """A drafter with the same model and a tree of any shape, see `parents`."""
+        return FeatureDrafter(
+            self.model, proposal=proposal, parents=parents, sampling=self.sampling, stopping=self.stopping
+        )
+
+    def tree(self, state: State) -> tuple[int, ...]:
+        """Parents of the next tree; a subclass may change them from step to step, within the nodes of `parents`.
+
+        Whatever that depends on must be known before anything of the step is drawn.
+        """
+        return self.parents
+
+    def begin(self, state: State) -> None:
+        """Read the prompts, all but the root.
+
+        Raises:
+            ValueError: the target has another vocabulary or width than the model was trained for.
+        """
+        config, hidden, batch = self.model.config, state.hidden, len(state.sequences)
+        assert hidden is not None, "reads_hidden is set"
+        if (state.vocab, hidden.shape[2]) != (config.vocab_size, config.hidden_size):
+            raise ValueError(
+                f"target: expected a vocabulary of {config.vocab_size} and hidden states of {config.hidden_size} "
+                f"for this drafter, got {state.vocab} and {hidden.shape[2]}"
+            )
+        self._plans = {}
+        room = (batch, config.kv_heads, state.capacity + len(self.parents), config.head_dim)
+        self._keys = torch.zeros(room, dtype=self.model.fc.weight.dtype, device=state.device)
+        self._values = torch.zeros_like(self._keys)
+        # row t of `before` is the hidden state that token t is paired with
+        before = F.pad(hidden, (0, 0, 1, 0))
+        prompts = [sequence[:-1] for sequence in state.sequences]
+        self._read_up_to = [len(prompt) for prompt in prompts]
+        self._hidden = before[torch.arange(batch, device=state.device), state.prefix.lengths.long()][:, None]
+        if max(self._read_up_to):
+            self._write(columns(prompts, state.device), before[:, :-1], Prefix.of([0] * batch, state.device))
+
+    @torch.no_grad()
+    def propose(self, state: State) -> Proposal:
+        """Draw the tree's levels one after the other; each level of inner nodes is one forward of the model."""
+        model, batch = self.model, len(state.sequences)
+        plan = self._planned(state)
+        tree = plan.tree
+        guess = self._read(state)
+        tokens = torch.full((batch, tree.nodes), -1, device=state.device)
+        tokens[:, 0] = state.tail[:, -1]
+        rows: list[torch.Tensor] = []
+        for level, nodes in enumerate(tree.level_nodes):
+            first, after = tree.levels[level], tree.levels[level + 1]
+            if level:
+                z, query = self._write(tokens[:, nodes], guess[:, plan.guess_of[level - 1]], state.prefix, first, level)
+                guess = self._attend(z, query, tree.ancestors[:, first:after], state.prefix, after)
+            logits = model.logits(guess)
+            rows.append(logits)
+            goes_on = None
+            if self.stopping is not None:
+                goes_on = going_on(self.stopping, level, logits, guess, tokens[:, nodes])
+            for draw, (seeds, numbers, sampling) in zip(tree.draws[level], plan.draws[level], strict=True):
+                some = logits if draw.rows is None else logits[:, draw.rows]
+                children = draw_candidates(
+                    some.reshape(-1, some.shape[-1]),
+                    draw.width,
+                    seeds,
+                    state.step,
+                    proposal=self.proposal,
+                    sampling=sampling,
+                    nodes=numbers,
+                ).view(batch, -1, draw.width)
+                children = torch.where(children < 0, -1, model.draft_ids[children])
+                if goes_on is not None:
+                    some_go_on = goes_on if draw.rows is None else goes_on[:, draw.rows]
+                    children = children.masked_fill(~some_go_on[..., None], -1)
+                tokens[:, draw.children] = draw.pick(children)
+        proposal = Proposal(tokens, tree.parents, tree.depth, ancestors=tree.node_ancestors, node_depth=tree.node_depth)
+        if self.proposal == "point":
+            return proposal
+        drawn_from = (rows[0] if len(rows) == 1 else torch.cat(rows, 1)).flatten(0, 1)
+        ids: torch.Tensor | None = model.draft_ids
+        if choose(None, state.device) != "torch":  # the kernels take columns for the target's tokens
+            full = drawn_from.new_full((len(drawn_from), model.config.vocab_size), -torch.inf)
+            drawn_from, ids = full.index_copy_(1, model.draft_ids, drawn_from), None
+        return replace(
+            proposal,
+            draft_logits=drawn_from,
+            draft_rows=plan.draft_rows,
+            draft_ids=ids,
+            draft_sampling=self.sampling,
+        )
+
+    def keep(self, state: State, path: torch.Tensor, length: torch.Tensor) -> None:
+        """Take the true hidden states after the accepted nodes; `propose` reads them with the tokens that follow."""
+        assert state.hidden is not None, "reads_hidden is set"
+        accepted = path.clamp(0, state.hidden.shape[1] - 1).long()
+        self._hidden = state.hidden.gather(1, accepted[..., None].expand(-1, -1, state.hidden.shape[2]))
+        self._read_up_to = [len(sequence) for sequence in state.sequences]
+
+    def end(self) -> None:
+        """Free the memory."""
+        self._keys = self._values = self._hidden = torch.empty(0)
+        self._plans = {}
+
+    def _planned(self, state: State) -> _Plan:
+        parents = self.tree(state)
+        if parents not in self._plans:
+            batch, device = len(state.sequences), state.device
+            tree = StaticTree.of(parents, device, self.proposal == "greedy")
+            places = tree.slots[tree.parents.clamp(min=0).long()[tree.inner]]
+            guess_of = [
+                places[tree.levels[level] : tree.levels[level + 1]] - tree.levels[level - 1]
+                for level in range(1, tree.depth)
+            ]
+            draws = [[self._by_row(state, draw.nodes) for draw in level] for level in tree.draws]
+            first = torch.arange(batch, device=device)[:, None] * len(tree.inner)
+            self._plans[parents] = _Plan(tree, guess_of, draws, (first + tree.slots.clamp(min=0)).int())
+        return self._plans[parents]
+
+    def _by_row(self, state: State, nodes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, SamplingParams]:
+        """Seeds, node numbers and sampling parameters for some nodes of every request."""
+        sampling = SamplingParams() if self.proposal == "point" else (self.sampling or state.sampling)
+        fields = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+        repeated = [f.repeat_interleave(len(nodes)) if isinstance(f, torch.Tensor) and f.dim() else f for f in fields]
+        return state.seeds.repeat_interleave(len(nodes)), nodes.repeat(len(state.sequences)), SamplingParams(*repeated)
+
+    def _read(self, state: State) -> torch.Tensor:
+        """Read the tokens that came since, the root last; returns the guess after the root, `[batch, 1, width]`."""
+        # a request that is over has nothing new: its root is read again, to no effect
+        read = [min(r, len(s) - 1) for r, s in zip(self._read_up_to, state.sequences, strict=True)]
+        new = [sequence[r:] for r, sequence in zip(read, state.sequences, strict=True)]
+        tokens = columns(new, state.device)
+        z, query = self._write(tokens, self._hidden[:, : tokens.shape[1]], Prefix.of(read, state.device))
+        if tokens.shape[1] > 1:  # the layer is the only one: nothing asks for its output before the root
+            each = torch.arange(len(new), device=state.device)
+            last = torch.tensor([len(tokens) - 1 for tokens in new], device=state.device)
+            z, query = z[each, last][:, None], query[each, :, last][:, :, None]
+        return self._attend(z, query, chain_bits(1, state.device), state.prefix, 1)
+
+    def _write(
+        self, tokens: torch.Tensor, before: torch.Tensor, prefix: Prefix, offset: int = 0, depth: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the keys and values of pairs; returns `z` and the queries.
+
+        Args:
+            tokens: `[batch, rows]` int64; a missing candidate, -1, is read as 0.
+            before: `[batch, rows, width]`, the hidden states they are paired with.
+            prefix: slots before the tree.
+            offset: the first row's number in the tree.
+            depth: of all rows, in tokens below the root; None: the rows are a chain.
+        """
+        device, rows = tokens.device, tokens.shape[1]
+        lengths = prefix.lengths.long()[:, None]
+        slots = lengths + torch.arange(offset, offset + rows, device=device)
+        # a request with few new tokens is padded to the one with most, perhaps past its room
+        slots = slots.clamp(max=self._keys.shape[2] - 1)
+        z = self.model.mix(tokens.clamp(min=0), before.to(self._keys.dtype))
+        query, key, value = self.model.project(z, slots if depth is None else lengths + depth)
+        for stored, fresh in ((self._keys, key), (self._values, value)):
+            if prefix.same:
+                start = prefix.longest + offset
+                stored[:, :, start : start + rows] = fresh
+            else:
+                stored.transpose(1, 2)[torch.arange(len(slots), device=device)[:, None], slots] = fresh.transpose(1, 2)
+        return z, query
+
+    def _attend(
+        self, z: torch.Tensor, query: torch.Tensor, ancestors: torch.Tensor, prefix: Prefix, nodes: int
+    ) -> torch.Tensor:
+        """`g` after inner nodes of the tree, of which the first `nodes` are in the cache."""
+        used = prefix.longest + nodes
+        keys, values = self._keys[:, :, :used], self._values[:, :, :used]
+        return self.model.finish(z, tree_attention(query, keys, values, ancestors, prefix.lengths))

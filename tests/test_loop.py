@@ -1,0 +1,320 @@
+"""What the loop hands to drafters and takes from them: hidden states, origins, nodes that are not scored."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import mcsd
+from mcsd import Drafter, ModelDrafter, Proposal, State
+from mcsd.decode import step
+from mcsd.graphs import PADDING, Forward, Outputs, fingerprint, prefix_bucket, row_bucket
+from mcsd.scoring import Scorer, UnsupportedModelError
+from mcsd.trees import columns
+from mcsd_kernels import SamplingParams
+from tests.tiny import VOCAB, greedy, pad, perturbed, plain_logits, prompt, tiny
+
+PROMPTS = [prompt(17, 1), prompt(4, 2), prompt(9, 3)]
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return tiny()
+
+
+class Forked(Drafter):
+    """Two chains from the root: one continues as the model would, the other not."""
+
+    def __init__(self, model: PreTrainedModel, **extra: Any) -> None:
+        self.model, self.extra = copy.deepcopy(model), extra  # one that attends as usual during the generation
+
+    def propose(self, state: State) -> Proposal:
+        rows = []
+        for sequence in state.sequences:
+            text = list(sequence)
+            for _ in range(2):
+                text.append(int(plain_logits(self.model, text).argmax()))
+            right = text[-2:]
+            rows.append([sequence[-1], (right[0] + 1) % VOCAB, right[0], right[1]])
+        return Proposal(torch.tensor(rows), torch.tensor([-1, 0, 0, 2], dtype=torch.int32), 2, **self.extra)
+
+
+class Reads(Forked):
+    """Compares the hidden states it is given with those of plain forwards."""
+
+    reads_hidden = True
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def begin(self, state: State) -> None:
+        assert state.hidden is not None
+        longest = max(map(len, state.sequences))
+        assert state.hidden.shape[:2] == (len(state.sequences), longest - 1)
+        assert state.hidden.dtype == self.model.dtype
+        for rows, sequence in zip(state.hidden, state.sequences, strict=True):
+            for place in range(len(sequence) - 1):
+                wanted = plain_logits(self.model, sequence[: place + 1])
+                assert (self.head(rows[place]) - wanted).abs().max() < 2e-4
+        self.seen = 0
+
+    def propose(self, state: State) -> Proposal:
+        self.tree = super().propose(state)
+        return self.tree
+
+    def keep(self, state: State, path: torch.Tensor, length: torch.Tensor) -> None:
+        assert state.hidden is not None and state.hidden.shape[:2] == self.tree.tokens.shape
+        for request, sequence in enumerate(state.sequences):
+            for node, way in enumerate(([], [1], [2], [2, 3])):
+                text = sequence + self.tree.tokens[request, way].tolist()
+                wanted = plain_logits(self.model, text)
+                assert (self.head(state.hidden[request, node]) - wanted).abs().max() < 2e-4
+                self.seen += 1
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt2", "opt", "gptj"])
+def test_hidden_states_are_what_the_head_reads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mcsd.scoring.PREFILL_CHUNK", 5)
+    model = tiny(name, **({"word_embed_proj_dim": 16} if name == "opt" else {}))
+    ids, mask = pad(PROMPTS)
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    drafter = Reads(model)
+    found = mcsd.generate(model, drafter, ids, mask, max_new_tokens=5, temperature=0.0)
+    assert torch.equal(found.sequences, greedy(model, ids, mask, 5)) and drafter.seen >= 12
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    one = mcsd.generate(model, Reads(model), torch.tensor([[5]]), max_new_tokens=5, temperature=0.0)
+    assert one.stats.tokens == 5
+
+
+def test_hidden_states_are_only_read_on_demand(llama: PreTrainedModel) -> None:
+    class Never(Forked):
+        def keep(self, state: State, path: torch.Tensor, length: torch.Tensor) -> None:
+            assert state.hidden is None
+
+    ids, mask = pad(PROMPTS)
+    mcsd.generate(llama, Never(llama), ids, mask, max_new_tokens=3)
+
+
+def test_a_head_that_reads_something_else_is_refused() -> None:
+    model = tiny()
+    head = model.lm_head
+    model.lm_head.register_forward_pre_hook(lambda module, arguments: (arguments[0] * 2.0,), prepend=True)
+    ids, mask = pad(PROMPTS)
+    assert mcsd.generate(model, Forked(model), ids, mask, max_new_tokens=3).stats.tokens == 9
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM does not read"):
+        mcsd.generate(model, Reads(model), ids, mask, max_new_tokens=3)
+    assert len(head._forward_pre_hooks) == 1
+
+
+def test_candidates_are_counted_by_origin(llama: PreTrainedModel) -> None:
+    ids, mask = pad(PROMPTS)
+    for origin in (torch.tensor([0, 3, 1, 1], dtype=torch.int32), torch.tensor([[0, 3, 1, 1]] * 3, dtype=torch.int32)):
+        drafter = Forked(llama, origin=origin)
+        stats = mcsd.generate(llama, drafter, ids, mask, max_new_tokens=9, temperature=0.0).stats
+        assert stats.target_calls == 3 and stats.accepted_by_depth == [9, 9]
+        assert stats.proposed_by_origin == {3: 9, 1: 18} and stats.accepted_by_origin == {1: 18}
+        assert stats.as_dict()["accepted_by_origin"] == {1: 18}
+    plain = mcsd.generate(llama, Forked(llama), ids, mask, max_new_tokens=9, temperature=0.0).stats
+    assert plain.proposed_by_origin == {} and "accepted_by_origin" not in plain.as_dict()
+
+
+def test_leaves_need_not_be_scored(llama: PreTrainedModel) -> None:
+    ids, mask = pad(PROMPTS)
+    rows: list[int] = []
+    target = tiny()
+    target.register_forward_hook(lambda module, arguments, output: rows.append(output.logits.shape[1]))
+    found = mcsd.generate(target, Forked(llama, scored=3), ids, mask, max_new_tokens=NEW, temperature=0.0)
+    assert torch.equal(found.sequences, greedy(llama, ids, mask, NEW))
+    # root and node 2 are scored, node 3 is the last token of each step
+    assert set(rows[1:]) == {3} and found.stats.target_calls == NEW // 2
+
+
+@pytest.mark.parametrize(
+    ("extra", "name"),
+    [
+        pytest.param({"scored": 5}, "scored", id="more-scored-than-nodes"),
+        pytest.param({"scored": 0}, "scored", id="an-unscored-root"),
+        pytest.param({"origin": torch.zeros(3, dtype=torch.int32)}, "origin", id="origins-of-another-tree"),
+        pytest.param({"point_nodes": torch.zeros(2, 4, dtype=torch.bool)}, "point_nodes", id="another-batch"),
+    ],
+)
+def test_wrong_labels_are_named(extra: dict[str, Any], name: str, llama: PreTrainedModel) -> None:
+    ids, mask = pad(PROMPTS)
+    with pytest.raises(ValueError, match=f"Proposal.{name}"):
+        mcsd.generate(llama, Forked(llama, **extra), ids, mask, max_new_tokens=3)
+
+
+@contextmanager
+def after_two_steps(name: str) -> Iterator[tuple[Drafter, Scorer, State]]:
+    """A drafter, a target and a batch that is under way."""
+    model = tiny(name)
+    scorer, drafter = Scorer(model, 100), ModelDrafter(perturbed(model), (3, 2))
+    heads = [p[:-1] for p in PROMPTS]
+    state = State(
+        sequences=[list(p) for p in PROMPTS],
+        active=[True] * len(PROMPTS),
+        seeds=torch.arange(len(PROMPTS)),
+        step=0,
+        sampling=SamplingParams(),
+        device=scorer.device,
+        capacity=80,
+        vocab=VOCAB,
+    )
+    with torch.inference_mode(), scorer.attending():
+        scorer.prefill(columns(heads, scorer.device), [len(head) for head in heads])
+        drafter.begin(state)
+        for _ in range(2):
+            _, _, verified = step(drafter, scorer, state, "recursive")
+            emitted = zip(state.sequences, verified.tokens.tolist(), verified.length.tolist(), strict=True)
+            for sequence, tokens, length in emitted:
+                sequence += tokens[:length]
+            state.step += 1
+            state.refresh()
+        yield drafter, scorer, state
+        drafter.end()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt2"])
+def test_a_step_is_one_graph(name: str) -> None:
+    # nothing in it depends on what only the device knows: draft levels, score, verify and keep compile without a break
+    with after_two_steps(name) as (drafter, scorer, state):
+        wanted = step(drafter, scorer, state, "recursive")
+    with after_two_steps(name) as (drafter, scorer, state):
+        found = torch.compile(step, fullgraph=True, backend="eager")(drafter, scorer, state, "recursive")
+    torch.compiler.reset()
+    assert torch.equal(found[0].tokens, wanted[0].tokens) and torch.allclose(found[1], wanted[1], atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(found[2], wanted[2], strict=True))
+
+
+def test_the_benchmark_of_the_loop_runs(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "bench" / "loop.py"
+    root = str(script.parent.parent)
+    environment = {**os.environ, "OUT": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    subprocess.run([sys.executable, str(script), "--smoke"], check=True, env=environment, capture_output=True)
+    rows = [json.loads(line) for line in (tmp_path / "loop_gpu.jsonl").read_text().splitlines()]
+    assert [row["side"].split()[0] for row in rows] == ["transformers"] * 3 + ["mcsd"] * 4
+    for row in rows[3:]:
+        assert row["tokens_per_call"] > 1.0 and row["microseconds_outside_forwards_per_step"] > 0
+
+
+def test_a_drafter_that_is_not_alone_reads_whatever_is_new() -> None:
+    model = tiny()
+    drafter = ModelDrafter(model, (3,))
+    drafter.alone = False
+    # the first text has no room left for as many tokens as the second has that are new
+    texts, new = [prompt(60, 1), prompt(5, 2)], prompt(20, 3)
+    state = State(
+        sequences=[list(text) for text in texts],
+        active=[False, True],
+        seeds=torch.arange(2),
+        step=0,
+        sampling=SamplingParams(),
+        device=torch.device("cpu"),
+        capacity=60,
+        vocab=VOCAB,
+    )
+    with torch.inference_mode():
+        drafter.begin(state)
+        drafter.propose(state)
+        drafter.keep(state, torch.tensor([[0, -1], [0, -1]]), torch.tensor([1, 1]))
+        state.sequences[1] += new
+        state.refresh()
+        rows = drafter.propose(state).draft_logits
+        drafter.end()
+    assert rows is not None
+    for row, text in zip(rows, (texts[0], texts[1] + new), strict=True):
+        assert (row - plain_logits(model, text)).abs().max() < 1e-4
+
+
+# Captured forwards
+
+
+class Recording:
+    """In place of a CUDA graph: replays by running the forward again, into the results of the first time."""
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = 0
+
+    def __call__(self, forward: Forward) -> tuple[Callable[[], None], Outputs]:
+        outputs = forward()
+        self.captured += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            for held, new in zip(outputs, forward(), strict=True):
+                if held is not None and new is not None:
+                    held.copy_(new)
+
+        return replay, outputs
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_captured_forwards_are_replayed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recording = Recording()
+    monkeypatch.setattr("mcsd.graphs.capture", recording)
+    monkeypatch.setattr("mcsd.cache.BLOCK", 8)
+    model = tiny(name)
+    draft = perturbed(model)
+    ids, mask = pad(PROMPTS)
+    options: dict[str, Any] = {"max_new_tokens": 16, "branching": (3, 2), "graphs": True}
+    found = mcsd.generate(model, draft, ids, mask, temperature=0.0, **options)
+    assert torch.equal(found.sequences, greedy(model, ids, mask, 16))
+    # two levels and two reads of the draft, and the target's tree; and once more where memory moved
+    assert 4 <= recording.captured < recording.replayed
+    before = recording.captured
+    again = mcsd.generate(model, draft, ids, mask, temperature=0.0, **options)
+    assert torch.equal(again.sequences, found.sequences)
+    assert recording.captured - before < before, "graphs and cache stay with the model"
+    sampled = [mcsd.generate(model, draft, ids, mask, seed=4, **{**options, "graphs": g}) for g in (True, False)]
+    assert torch.equal(sampled[0].sequences, sampled[1].sequences)
+    reads = mcsd.generate(model, Reads(model), ids, mask, max_new_tokens=2, temperature=0.0, graphs=True)
+    assert reads.stats.tokens == 6
+
+
+def test_a_model_that_was_changed_is_captured_anew() -> None:
+    model = tiny()
+    seen = {fingerprint(model)}
+    assert seen == {fingerprint(model)}
+    model.model.layers[0].mlp.adapter_is_on = False
+    seen.add(fingerprint(model))
+    model.model.layers[0].mlp.adapter_is_on = True
+    seen.add(fingerprint(model))
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    seen.add(fingerprint(model))
+    model.model.norm = copy.deepcopy(model.model.norm)
+    seen.add(fingerprint(model))
+    assert len(seen) == 5
+
+
+def test_what_cannot_be_captured_runs_as_always(llama: PreTrainedModel, capsys: pytest.CaptureFixture[str]) -> None:
+    ids, mask = pad(PROMPTS)
+    wanted = greedy(llama, ids, mask, NEW)
+    found = mcsd.generate(
+        llama, perturbed(llama), ids, mask, max_new_tokens=NEW, temperature=0.0, graphs=True, progress=True
+    )
+    assert torch.equal(found.sequences, wanted)
+    if not torch.cuda.is_available():
+        assert "forwards run eagerly: RuntimeError: there is no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rows", "padded"), [(1, 1), (2, 2), (3, 4), (13, 16), (16, 16), (17, 32), (29, 32), (33, 48)])
+def test_rows_are_padded_to_buckets(rows: int, padded: int) -> None:
+    assert row_bucket(rows) == padded and padded - rows <= PADDING
+
+
+def test_prefixes_are_padded_to_buckets() -> None:
+    assert [prefix_bucket(n) for n in (0, 1, 512, 513, 5000)] == [512, 512, 512, 1024, 8192]
