@@ -127,7 +127,7 @@ def generate(
     parents = None
     if profile is not None:
         tuned = Profile.load(profile)
-        if not isinstance(draft, PreTrainedModel):
+        if not isinstance(draft, PreTrainedModel) and not hasattr(draft, "with_tree"):
             raise ValueError(f"profile: expected a draft model beside it, got draft = {draft!r}")
         own = tuned.proposal if isinstance(temperature, torch.Tensor) else tuned.proposal_at(temperature)
         parents, proposal, rule = tuned.parents, proposal or own, rule or tuned.rule
@@ -514,7 +514,8 @@ def _drafter(
         proposal = proposal or ("point" if greedy else "without_replacement")
         return ModelDrafter(draft, branching, proposal, attention, parents=parents)
     if hasattr(draft, "with_branching") and not isinstance(draft, type):
-        draft = draft.with_branching(branching, proposal or ("point" if greedy else "without_replacement"))
+        wanted = proposal or ("point" if greedy else "without_replacement")
+        draft = draft.with_branching(branching, wanted) if parents is None else draft.with_tree(parents, wanted)
     if isinstance(draft, type) or not hasattr(draft, "propose"):
         raise ValueError(f'draft: expected a model, a Drafter object or "ngram", got {draft!r}')
     own = getattr(draft, "proposal", "point")

@@ -16,8 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .drafters.feature import FeatureConfig, FeatureDrafter, FeatureModel
 
-DEFAULT_DRAFT = "smollm2-draft"
 BUNDLED_DRAFTS = ("smollm2-feature", "smollm2-draft")
+DEFAULT_DRAFT = BUNDLED_DRAFTS[0]
 DATA = Path(__file__).parent / "data"
 WEIGHTS_FILE = "draft_int8.safetensors"
 

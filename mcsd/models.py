@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mcsd.draft_model import DEFAULT_DRAFT, load_draft
+from mcsd.drafters import Drafter
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +59,8 @@ def load_target(
 
 def default_pair(
     dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
-) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the bundled target and draft.
+) -> tuple[PreTrainedModel, PreTrainedModel | Drafter, PreTrainedTokenizerBase]:
+    """Load the bundled target and its default draft (`DEFAULT_DRAFT`, a drafter), as `mcsd.generate` takes them.
 
     Args:
         dtype: as for `load_target`; the draft takes the target's.

@@ -16,8 +16,8 @@ from transformers.utils import logging
 
 from .adaptive import AdaptiveDrafter
 from .decode import _drafter, generate
-from .draft_model import DEFAULT_DRAFT, WEIGHTS_FILE, load_draft
-from .drafters import Drafter, ModelDrafter, NgramDrafter
+from .draft_model import BUNDLED_DRAFTS, DEFAULT_DRAFT, WEIGHTS_FILE, load_draft
+from .drafters import Drafter, FeatureDrafter, ModelDrafter, NgramDrafter
 from .models import DEFAULT_TARGET, load_target
 from .settings import DEFAULT_BRANCHING, OTHER_BRANCHING, Settings
 from .stats import Stats
@@ -128,19 +128,21 @@ class Pair:
         with quiet_transformers(), loading("target", settings.target):
             self.target, self.tokenizer = load_target(settings.target, dtype=settings.dtype, device=self.device)
         self.draft_name = settings.draft or (DEFAULT_DRAFT if settings.target == DEFAULT_TARGET else NGRAM)
-        draft: PreTrainedModel | str = NGRAM
+        draft: PreTrainedModel | Drafter | str = NGRAM
         if self.draft_name != NGRAM:
             with quiet_transformers(), loading("draft", self.draft_name):
                 draft = load_draft(self.draft_name, self.target)
                 _check_tokenizers(self.tokenizer, self.draft_name)
-        slow = self.device.type == "cpu" and self.draft_name == DEFAULT_DRAFT
+        slow = self.device.type == "cpu" and self.draft_name in BUNDLED_DRAFTS
         branching = settings.factors or (DEFAULT_BRANCHING if slow else OTHER_BRANCHING)
         proposal = settings.proposal.value if settings.proposal else None
         if settings.tuned is not None and isinstance(draft, str):
             raise ValueError(f"profile: expected a draft model beside it, got draft = {self.draft_name}")
         parents = settings.tuned.parents if settings.tuned else None
         self.drafter: Drafter
-        if settings.adaptive and settings.tuned and not isinstance(draft, str):
+        if settings.adaptive and settings.tuned:
+            if not isinstance(draft, PreTrainedModel):
+                raise ValueError(f"adaptive: expected a draft model, got draft = {self.draft_name}")
             own = "point" if settings.temperature == 0 else None
             self.drafter = AdaptiveDrafter(draft, settings.tuned, proposal=own)
         else:
@@ -158,7 +160,7 @@ class Pair:
     @property
     def tree(self) -> str:
         """The shape of the trees, in words."""
-        if isinstance(self.drafter, ModelDrafter):
+        if isinstance(self.drafter, (ModelDrafter, FeatureDrafter)):
             shape = StaticTree.of(self.drafter.parents)
             name = ",".join(map(str, self.drafter.branching or ())) or "of the profile"
             most = "at most " if isinstance(self.drafter, AdaptiveDrafter) else ""
@@ -175,7 +177,7 @@ class Pair:
             "draft": self.draft_name,
             "dtype": self.dtype,
             "device": str(self.device),
-            "branching": list(self.drafter.branching or ()) or None if isinstance(self.drafter, ModelDrafter) else None,
+            "branching": list(getattr(self.drafter, "branching", None) or ()) or None,
             "parents": list(settings.tuned.parents) if settings.tuned else None,
             "adaptive": isinstance(self.drafter, AdaptiveDrafter),
             "proposal": self.drafter.proposal,
@@ -351,7 +353,7 @@ def _check_tokenizers(tokenizer: PreTrainedTokenizerBase, draft: str) -> None:
     Raises:
         ValueError: the vocabularies differ.
     """
-    if draft == DEFAULT_DRAFT or (Path(draft) / WEIGHTS_FILE).is_file():
+    if draft in BUNDLED_DRAFTS or (Path(draft) / WEIGHTS_FILE).is_file():
         return  # made for the target; the shape of the embedding was checked
     try:
         other = AutoTokenizer.from_pretrained(draft)

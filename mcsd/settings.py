@@ -17,7 +17,8 @@ DEFAULT_BRANCHING = (2,)
 OTHER_BRANCHING = (4, 2, 2)
 
 DEFAULT_TARGET = "smollm2-135m-instruct"
-DEFAULT_DRAFT = "smollm2-draft"
+BUNDLED_DRAFTS = ("smollm2-feature", "smollm2-draft")
+DEFAULT_DRAFT = BUNDLED_DRAFTS[0]
 
 
 class Proposal(str, Enum):
@@ -50,7 +51,7 @@ class Settings:
     draft: Annotated[
         str | None,
         typer.Option(
-            help=f"A folder, a hub name, {DEFAULT_DRAFT!r}, or 'ngram' (prompt lookup, no model).",
+            help=f"A folder, a hub name, {', '.join(map(repr, BUNDLED_DRAFTS))}, or 'ngram' (prompt lookup, no model).",
             show_default=f"{DEFAULT_DRAFT} for the bundled target, else ngram",
         ),
     ] = None

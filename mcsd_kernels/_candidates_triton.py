@@ -6,25 +6,24 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _rows_triton as rows_triton
 from . import _sampling_triton as sampling_triton
-from ._cutoffs_triton import cutoff_of, lanes_of
 from ._random_triton import uniform
 from ._rows_triton import (
     DRAW_BLOCK,
     INFINITY,
-    block_residual,
-    combine_statistics,
+    block_weights,
+    blocks_of,
     draw,
-    law_at,
+    find_law,
+    law_masses,
     load_logits,
-    store_law_masses,
-    store_statistics,
+    probability,
+    row_options,
     strike_out,
 )
 from ._sampling_triton import parameters
+from ._schedule import choose_row_launch
 from .random import CANDIDATE_STREAM
-from .types import DRAW_BLOCK as BLOCK_WIDTH
 
 
 @triton.jit
@@ -51,7 +50,7 @@ def _take_most_probable(
         taken = (logits > largest) | ((logits == largest) & (ids <= token))
         left = tl.where(taken, -INFINITY, logits)
         found = tl.min(tl.where((left == best) & ~taken, ids, VOCAB), 0)
-        if (found < VOCAB) & (law_at(row, tl.minimum(found, VOCAB - 1)) > 0.0):
+        if (found < VOCAB) & (probability(row, tl.where(found < VOCAB, found, -1)) > 0.0):
             largest, token = best, found
             tl.store(tokens_ptr + i, found.to(tl.int64))
             tl.store(maxima_ptr + block, tl.max(tl.where(ids == found, -INFINITY, left), 0))
@@ -64,8 +63,7 @@ def _draw_candidates_kernel(
     steps_ptr,  # [rows] int64 or int32; None: `step` for every row
     nodes_ptr,  # [rows] int64 or int32; None: 0 for every row
     tokens_ptr,  # [rows, k] int64, out
-    maxima_ptr,  # [rows, blocks] f32, scratch
-    masses_ptr,  # [rows, blocks] f32, scratch
+    statistics_ptr,  # [rows, 2, blocks] f32, scratch
     logits_stride_row,
     seeds_stride,
     steps_stride,
@@ -77,16 +75,12 @@ def _draw_candidates_kernel(
     FILTERS: tl.constexpr,
     STREAM: tl.constexpr,
     VOCAB: tl.constexpr,
-    BLOCKS: tl.constexpr,
     TILE: tl.constexpr,
-    LANES: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
-    """One program a row: its candidates in draw order."""
+    """A row's candidates in draw order; grid (rows,)."""
     request = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(VOCAB, DRAW_BLOCK)
-    row_ptr = logits_ptr + request * logits_stride_row
-    maxima_ptr += request * blocks
-    masses_ptr += request * blocks
+    statistics_ptr += request * 2 * tl.cdiv(VOCAB, DRAW_BLOCK)
     tokens_ptr += request * k
     for start in range(0, k, 128):
         place = start + tl.arange(0, 128)
@@ -94,21 +88,19 @@ def _draw_candidates_kernel(
 
     scale, top_k, top_p, log_min_p, sound = parameters(sampling, request, VOCAB)
     if sound:
-        cutoff = tl.full([], -INFINITY, tl.float32)
-        if FILTERS:
-            cutoff = cutoff_of(row_ptr, scale, top_k, top_p, log_min_p, VOCAB, LANES)
-        store_statistics(row_ptr, scale, cutoff, maxima_ptr, masses_ptr, 0, blocks, VOCAB, TILE)
-        top, inverse, argmax, status = combine_statistics(row_ptr, scale, maxima_ptr, masses_ptr, VOCAB, BLOCKS)
-        if status == 0:
-            row = (row_ptr, scale, cutoff, top, inverse, argmax)
-            store_law_masses(row, maxima_ptr, masses_ptr, masses_ptr, VOCAB, BLOCKS)
+        row, bits = find_law(
+            logits_ptr + request * logits_stride_row, (scale, top_k, top_p, log_min_p), statistics_ptr,
+            FILTERS, False, VOCAB, TILE, BLOCKS,
+        )  # fmt: skip
+        if bits == 0:
+            masses = law_masses(row, statistics_ptr, VOCAB, BLOCKS)
             certain = 0
             if PROPOSAL == "point" or PROPOSAL == "greedy":
                 certain = k if PROPOSAL == "point" else k - 1
-                _take_most_probable(row, certain, tokens_ptr, maxima_ptr, VOCAB, BLOCKS)
+                _take_most_probable(row, certain, tokens_ptr, statistics_ptr, VOCAB, BLOCKS)
                 tl.debug_barrier()
             if PROPOSAL == "greedy":
-                strike_out(row, None, 1.0, 0.0, masses_ptr, tokens_ptr, certain, VOCAB)
+                masses = strike_out(masses, row, None, 0.0, tokens_ptr, certain, VOCAB, BLOCKS)
             if PROPOSAL != "point":
                 seed = tl.load(seeds_ptr + request * seeds_stride)
                 at, node = step, 0
@@ -122,22 +114,20 @@ def _draw_candidates_kernel(
                     u_block = tl.sum(tl.where(pair == 0, coins, 0.0), 0)
                     u_place = tl.sum(tl.where(pair == 1, coins, 0.0), 0)
                     struck = 0 if PROPOSAL == "with_replacement" else certain + i
-                    token = draw(
-                        row, None, 1.0, 0.0, masses_ptr, u_block, u_place, tokens_ptr, struck, VOCAB, BLOCKS
-                    )  # fmt: skip
+                    token = draw(masses, row, None, 0.0, tokens_ptr, struck, u_block, u_place, VOCAB)
                     tl.debug_barrier()
                     tl.store(tokens_ptr + certain + i, token.to(tl.int64))
                     tl.debug_barrier()
                     if PROPOSAL == "without_replacement":  # noqa: SIM102 (decided when compiling)
                         if token >= 0:
                             block = token // DRAW_BLOCK
-                            values = block_residual(row, None, 1.0, 0.0, block, tokens_ptr, struck + 1, VOCAB)
-                            tl.store(masses_ptr + block, tl.sum(values, 0))
+                            left = tl.sum(block_weights(row, None, 0.0, block, tokens_ptr, struck + 1, VOCAB), 0)
+                            masses = tl.where(tl.arange(0, BLOCKS) == block, left, masses)
 
 
-def draw_candidates_bytes(rows: int, vocab: int, itemsize: int, k: int) -> int:
+def draw_candidates_bytes(rows: int, vocab: int, logit_bytes: int, k: int) -> int:
     """The bytes that `draw_candidates` must read and write: every logit once, a seed and k tokens a row."""
-    return rows * (vocab * itemsize + 8 + k * 8)
+    return rows * (vocab * logit_bytes + 8 + k * 8)
 
 
 def draw_candidates(
@@ -156,8 +146,8 @@ def draw_candidates(
     tokens = torch.empty(rows, k, dtype=torch.int64, device=draft_logits.device)
     if not rows:
         return tokens
-    blocks = triton.cdiv(vocab, BLOCK_WIDTH)
-    scratch = torch.empty(2, rows, blocks, dtype=torch.float32, device=draft_logits.device)
+    blocks = blocks_of(vocab)
+    launch = choose_row_launch(vocab)
 
     _draw_candidates_kernel[(rows,)](
         logits_ptr=draft_logits,
@@ -165,8 +155,7 @@ def draw_candidates(
         steps_ptr=step_tensor,
         nodes_ptr=nodes,
         tokens_ptr=tokens,
-        maxima_ptr=scratch[0],
-        masses_ptr=scratch[1],
+        statistics_ptr=torch.empty(rows, 2, blocks, dtype=torch.float32, device=draft_logits.device),
         logits_stride_row=draft_logits.stride(0),
         seeds_stride=seeds.stride(0),
         steps_stride=step_tensor.stride(0) if step_tensor is not None and step_tensor.dim() else 0,
@@ -178,9 +167,8 @@ def draw_candidates(
         FILTERS=sampling_triton.filters(numbers, tensors, vocab),
         STREAM=CANDIDATE_STREAM,
         VOCAB=vocab,
-        BLOCKS=rows_triton.blocks_of(vocab),
-        TILE=rows_triton.tile_of(vocab),
-        LANES=lanes_of(vocab),
-        **rows_triton.options(),
+        TILE=launch.tile_blocks,
+        BLOCKS=triton.next_power_of_2(blocks),
+        **row_options(launch.num_warps),
     )
     return tokens

@@ -1,21 +1,23 @@
-"""Rows of logits as probability laws, inside a Triton program: statistics, residual masses, draws.
+"""Rows of logits as probability laws, inside a Triton program: statistics, cut-offs, residual masses, draws.
 
-Vocabulary-wide work is done a draw block (`DRAW_BLOCK` consecutive ids) at a time: every block leaves one number in
-scratch, and the numbers of a row are reduced together afterwards. So a result depends neither on the batch nor on how
-a row was split between programs, provided that every kernel is launched with `options()`: the order in which a block is
-summed follows from the number of warps.
+`verify`, `draw_candidates` and `row_cutoffs` share these functions, so a draft row has the same law, bit for bit, when
+it is drawn from and when it is verified. Vocabulary-wide sums are sums of whole numbers: a weight counts in units of
+2**-60. Such sums do not depend on their order, so no result depends on the launch, the batch, the alignment of the
+rows or the hardware's reduction tree, and an inverse CDF over them has no rounding to guard against. Every kernel is
+launched with `row_options`: without fused multiply-adds, which are the compiler's choice, every pass sees the same
+weights.
 
-A row travels as a tuple, built by the caller from `combine_statistics`:
+A row travels as a tuple, from `find_law`:
 
-    row = (row_ptr, scale, cutoff, top, inverse, argmax)
+    row = (row_ptr, scale, cutoff, top, inverse, only)
 
-`row_ptr` its first logit; `scale` 1 / temperature, or 0 for temperature 0; `cutoff` the lowest logit its filters keep,
--inf for all; `top` the largest logit; `inverse` 1 / sum of exp((x - top) scale) over the kept logits x; `argmax` the
-lowest id of `top`, which only temperature 0 needs (else -1). The law of token v with logit x is
-exp((x - top) scale) inverse where x >= cutoff and 0 elsewhere; at temperature 0, 1 at `argmax`.
+`row_ptr` its first logit; `top` the largest logit; the law of token v with logit x is exp((x - top) scale) inverse
+where x >= cutoff and 0 elsewhere; with only >= 0 (temperature 0) it is 1 at that token alone.
 
-`BLOCKS` is always `blocks_of(vocab)`, the number of draw blocks rounded up to a power of two; `TILE` is the number of
-draw blocks that a pass over the vocabulary loads at once, a power of two.
+The statistics of a row are `[2, blocks]` f32: the largest logit of each draw block (`DRAW_BLOCK` consecutive ids), and
+the block's sum of exp((x - its largest) scale) over the kept logits. One pass makes them, and they alone give the law
+and the mass of each of its blocks. `BLOCKS` is the number of draw blocks rounded up to a power of two; `TILE` is the
+number of draw blocks that a pass loads at once, a power of two, on which no result depends.
 """
 
 from __future__ import annotations
@@ -28,33 +30,33 @@ import triton.language as tl
 
 from . import types
 
+# The units of a sum of exp(x - top) leave room for so many tokens.
+LARGEST_VOCAB = 1 << 20
+
 DRAW_BLOCK = tl.constexpr(types.DRAW_BLOCK)
 NAN_ROW = tl.constexpr(int(types.Status.NAN_ROW))
 EMPTY_ROW = tl.constexpr(int(types.Status.EMPTY_ROW))
 INFINITY = tl.constexpr(float("inf"))
 
-# 4 Ki logits a tile: two 16-byte loads of bf16 in flight in each thread of 8 warps.
-TILE_BLOCKS = 4
+# Units of a probability (they sum to about 1), and of exp(x - top) in a draw block and in a row.
+MASS_UNIT = tl.constexpr(2.0**60)
+_BLOCK_UNIT = tl.constexpr(2.0**50)
+_ROW_UNIT = tl.constexpr(2.0**42)
 
 
-def options() -> dict[str, Any]:
-    """The launch options of every kernel that sums over a row.
+def row_options(num_warps: int) -> dict[str, Any]:
+    """The launch options of every kernel that reads rows.
 
-    Without fused multiply-adds, whose choice is the compiler's, two kernels compute the same law bit for bit. The limit
-    on registers keeps NVIDIA's assembler from spilling a few for the sake of more resident programs than there are.
+    NVIDIA's assembler is told that it may use every register, else it spills some for the sake of more resident
+    programs than there are.
     """
-    limit = {"maxnreg": 128} if torch.version.hip is None else {}
-    return {"num_warps": 8, "enable_fp_fusion": False, **limit}
+    limit = {"maxnreg": 255} if torch.version.hip is None else {}
+    return {"num_warps": num_warps, "enable_fp_fusion": False, **limit}
 
 
 def blocks_of(vocab: int) -> int:
-    """The number of draw blocks of a row, rounded up to a power of two: the constexpr `BLOCKS`."""
-    return int(triton.next_power_of_2(-(-vocab // types.DRAW_BLOCK)))
-
-
-def tile_of(vocab: int) -> int:
-    """The constexpr `TILE`: no result depends on it."""
-    return min(TILE_BLOCKS, blocks_of(vocab))
+    """The number of draw blocks of a row."""
+    return -(-vocab // types.DRAW_BLOCK)
 
 
 @triton.jit
@@ -68,41 +70,22 @@ def load_logits(
     return tl.load(row_ptr + ids, mask=(ids < VOCAB) & wanted, other=-INFINITY).to(tl.float32)
 
 
-@triton.jit
-def law(
-    row,  # tuple
-    logits,  # f32 block
-    ids,  # int32, of the same shape
-):
-    """The probabilities of `ids`, whose logits are `logits`; -inf has none."""
-    scale, cutoff, top, inverse, argmax = row[1], row[2], row[3], row[4], row[5]
-    weights = tl.exp((logits - top) * scale) * inverse
-    kept = tl.where(logits >= cutoff, weights, 0.0)
-    return tl.where(scale > 0.0, kept, (ids == argmax).to(tl.float32))
-
-
-@triton.jit
-def law_at(
-    row,  # tuple
-    token,  # int32, in [0, VOCAB)
-):
-    """The probability of one token."""
-    return law(row, tl.load(row[0] + token).to(tl.float32), token)
+# ---- statistics
 
 
 @triton.jit
 def store_statistics(
     row_ptr,  # logits of one row
-    scale,  # f32: 1 / temperature, 0 for temperature 0
+    scale,  # f32 > 0
     cutoff,  # f32
-    maxima_ptr,  # [blocks of the row] f32, written: the largest logit of each block, +inf if it holds NaN
-    sums_ptr,  # [blocks of the row] f32, written: sum of exp((x - largest) scale) over the kept logits of each block
+    statistics_ptr,  # [2, blocks of the row] f32, written; NaN and +inf have the maximum +inf
     first,  # int32: the first block to do
     last,  # int32: one past the last
     VOCAB: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One pass over the draw blocks [first, last) of a row."""
+    blocks: tl.constexpr = (VOCAB + DRAW_BLOCK - 1) // DRAW_BLOCK
     for start in range(first, last, TILE):
         block = start + tl.arange(0, TILE)
         ids = block[:, None] * DRAW_BLOCK + tl.arange(0, DRAW_BLOCK)[None, :]
@@ -111,203 +94,340 @@ def store_statistics(
         largest = tl.max(logits, 1)
         shift = tl.where(largest == -INFINITY, 0.0, largest)
         weights = tl.where(logits >= cutoff, tl.exp((logits - shift[:, None]) * scale), 0.0)
-        tl.store(maxima_ptr + block, largest, mask=block < last)
-        tl.store(sums_ptr + block, tl.sum(weights, 1), mask=block < last)
+        total = tl.sum((weights * _BLOCK_UNIT).to(tl.int64), 1).to(tl.float32) / _BLOCK_UNIT
+        tl.store(statistics_ptr + block, largest, mask=block < last)
+        tl.store(statistics_ptr + blocks + block, total, mask=block < last)
 
 
 @triton.jit
-def combine_statistics(
-    row_ptr,  # logits of one row
-    scale,  # f32
-    maxima_ptr,  # [blocks of the row] f32, from `store_statistics`
-    sums_ptr,  # [blocks of the row] f32
-    VOCAB: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    """(top, inverse, argmax, status) of a row; with a status other than 0 the others mean nothing."""
+def _load_statistics(statistics_ptr, VOCAB: tl.constexpr, BLOCKS: tl.constexpr):
+    """[BLOCKS] f32 each: the maxima, the sums."""
+    blocks: tl.constexpr = (VOCAB + DRAW_BLOCK - 1) // DRAW_BLOCK
+    index = tl.arange(0, BLOCKS)
+    maxima = tl.load(statistics_ptr + index, mask=index < blocks, other=-INFINITY)
+    return maxima, tl.load(statistics_ptr + blocks + index, mask=index < blocks, other=0.0)
+
+
+@triton.jit
+def _combine_statistics(scale, statistics_ptr, VOCAB: tl.constexpr, BLOCKS: tl.constexpr):
+    """(top, sum of exp((x - top) scale) in units of 1 / _ROW_UNIT as float64, status bits) of a row."""
     tl.debug_barrier()  # other threads of this program may have stored the statistics
-    index = tl.arange(0, BLOCKS)
-    there = index < tl.cdiv(VOCAB, DRAW_BLOCK)
-    maxima = tl.load(maxima_ptr + index, mask=there, other=-INFINITY)
-    sums = tl.load(sums_ptr + index, mask=there, other=0.0)
+    maxima, sums = _load_statistics(statistics_ptr, VOCAB, BLOCKS)
     top = tl.max(maxima, 0)
-    status = tl.where(top == INFINITY, NAN_ROW, tl.where(top == -INFINITY, EMPTY_ROW, 0))
-    shift = tl.where(status == 0, top, 0.0)
-    total = tl.sum(tl.where(maxima > -INFINITY, sums * tl.exp((maxima - shift) * scale), 0.0), 0)
-    inverse = tl.where((status == 0) & (scale > 0.0), 1.0 / total, 0.0)
-    argmax = -1
-    if scale == 0.0:
-        argmax = _first_equal(row_ptr, top, maxima, VOCAB, BLOCKS)
-    return top, inverse, argmax, status
+    bits = tl.where(top == INFINITY, NAN_ROW, tl.where(top == -INFINITY, EMPTY_ROW, 0))
+    shift = tl.where(bits == 0, top, 0.0)
+    weights = sums.to(tl.float64) * tl.exp((maxima - shift) * scale).to(tl.float64)
+    total = tl.sum((tl.where(bits == 0, weights, 0.0) * _ROW_UNIT).to(tl.int64), 0).to(tl.float64)
+    return top, total, bits
+
+
+# ---- the cut-off of the filters, found without sorting
 
 
 @triton.jit
-def _first_equal(
+def _order(
+    number,  # f32
+):
+    """uint32: the place of a number in the order of the float32 numbers."""
+    bits = number.to(tl.uint32, bitcast=True)
+    return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
+
+
+@triton.jit
+def _number(
+    place,  # uint32
+):
+    """The float32 at a place; the inverse of `_order`."""
+    return tl.where(place >= 0x80000000, place ^ 0x80000000, place ^ 0xFFFFFFFF).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _search(
     row_ptr,  # logits of one row
-    top,  # f32
-    maxima,  # [BLOCKS] f32: the largest logit of each block
+    top,  # f32: the largest logit
+    scale,  # f32: 1 / temperature to measure masses; 0 to count tokens
+    floor,  # f32: lower logits do not count; the measure of the others is at least `wanted`
+    wanted,  # f64: a sum of exp((x - top) scale) in units of 1 / _ROW_UNIT
+    reach,  # f32 > 0: how far below the top the answer is expected at most, in logits; only a guess
     VOCAB: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """The lowest id whose logit is `top`, which is the largest of the maxima."""
-    block = tl.min(tl.where(maxima == top, tl.arange(0, BLOCKS), BLOCKS), 0)
-    ids = block * DRAW_BLOCK + tl.arange(0, DRAW_BLOCK)
-    logits = load_logits(row_ptr, ids, True, VOCAB)
-    return tl.min(tl.where(logits == top, ids, VOCAB), 0)
+    """The largest t such that the logits >= max(t, floor) measure at least `wanted`: a logit of the row, or -inf.
+
+    The measure falls as t grows, so the answer lies between a `low` that holds and a `high` that does not. Every pass
+    over the row measures two pivots inside this bracket and finds the smallest and the largest logit in it, to which
+    the bracket shrinks; when these are equal, that is the answer. The pivots cut the bracket into thirds in the order
+    of the float32 numbers, so 22 passes are enough for any row.
+    """
+    LANES: tl.constexpr = TILE * DRAW_BLOCK
+    low = _order(floor)
+    high = _order(top) + 1
+    first, second = _order(top - reach), _order(top - reach * 0.375)
+    while high - low > 1:
+        # strictly inside the bracket, so the weight of -inf, which is no number where scale is 0, enters no sum
+        first = tl.minimum(tl.maximum(first, low + 1), high - 1)
+        second = tl.minimum(tl.maximum(second, low + 1), high - 1)
+        measure_1 = tl.zeros([LANES], tl.int64)
+        measure_2 = tl.zeros([LANES], tl.int64)
+        smallest = tl.full([LANES], INFINITY, tl.float32)
+        largest = tl.full([LANES], -INFINITY, tl.float32)
+        for start in range(0, VOCAB, LANES):
+            logits = load_logits(row_ptr, start + tl.arange(0, LANES), True, VOCAB)
+            weights = (tl.exp((logits - top) * scale) * _ROW_UNIT).to(tl.int64)
+            measure_1 += tl.where(logits >= _number(first), weights, 0)
+            measure_2 += tl.where(logits >= _number(second), weights, 0)
+            smallest = tl.minimum(smallest, tl.where(logits >= _number(low), logits, INFINITY))
+            largest = tl.maximum(largest, tl.where(logits < _number(high), logits, -INFINITY))
+        holds_1 = tl.sum(measure_1, 0).to(tl.float64) >= wanted
+        holds_2 = tl.sum(measure_2, 0).to(tl.float64) >= wanted
+        lowest, highest = _order(tl.min(smallest, 0)), _order(tl.max(largest, 0))
+        # where an end of the bracket stays, it moves to the nearest logit
+        next_low = tl.where(holds_2, second, tl.where(holds_1, first, lowest))
+        next_high = tl.where(holds_2, highest + 1, tl.where(holds_1, second, first))
+        only = lowest >= highest
+        low = tl.where(only, lowest, tl.maximum(next_low, low))
+        high = tl.where(only, low + 1, tl.minimum(next_high, high))
+        third = (high - low) // 3
+        first, second = low + third, high - 1 - third
+    return _number(low)
 
 
 @triton.jit
-def store_law_masses(
+def filter_row(
+    row_ptr,  # logits of one row
+    settings,  # tuple (scale, top_k, top_p, log_min_p): `_sampling_triton.parameters`
+    statistics_ptr,  # [2, blocks of the row] f32, written
+    FILTERS: tl.constexpr,  # False: no filter is on
+    MEASURED: tl.constexpr,  # the statistics of the unfiltered row are there already
+    PASSES: tl.constexpr,  # 3; 2 where only the cut-off is of interest
+    VOCAB: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Find a row's cut-off, and the statistics of what it keeps.
+
+    Top-k and then top-p ask for the largest cut-off whose kept logits measure enough: their count reaches k, their mass
+    reaches top_p of what top-k has kept. Min-p's is a distance from the top.
+
+    Returns:
+        the cut-off (-inf at temperature 0, where nothing is filtered); the largest logit; the sum as from
+        `_combine_statistics`; status bits, with which the others mean nothing.
+    """
+    scale, top_k, top_p, log_min_p = settings
+    hot = scale > 0.0
+    unit = tl.where(hot, scale, 1.0)
+    cutoff = tl.full([], -INFINITY, tl.float32)
+    if not MEASURED:
+        store_statistics(row_ptr, unit, cutoff, statistics_ptr, 0, tl.cdiv(VOCAB, DRAW_BLOCK), VOCAB, TILE)
+    top, total, bits = _combine_statistics(unit, statistics_ptr, VOCAB, BLOCKS)
+    if FILTERS:
+        sound = hot & (bits == 0)
+        # log_min_p / scale to nearly 48 bits, without a division in float64, which is a subroutine on a GPU
+        below = (log_min_p.to(tl.float32) / unit).to(tl.float64)
+        rest = (log_min_p - below * unit.to(tl.float64)).to(tl.float32) / unit
+        least = (top.to(tl.float64) + below + rest.to(tl.float64)).to(tl.float32)
+        least = tl.where(sound & (log_min_p > -INFINITY), least, -INFINITY)
+        measured = cutoff  # the cut-off of which the statistics are
+        for step in range(PASSES):
+            if cutoff > measured:
+                tl.debug_barrier()  # until here the old statistics may be read
+                store_statistics(row_ptr, unit, cutoff, statistics_ptr, 0, tl.cdiv(VOCAB, DRAW_BLOCK), VOCAB, TILE)
+                _, total, _ = _combine_statistics(unit, statistics_ptr, VOCAB, BLOCKS)
+                measured = cutoff
+            if sound & (((step == 0) & (top_k > 0.0)) | ((step == 1) & (top_p < 1.0))):
+                weight, wanted, reach = unit * 0.0, top_k.to(tl.float64) * _ROW_UNIT, unit * 0.0 + 16.0
+                if step == 1:
+                    # all the logits up to the answer hold at least 1 - top_p of a mass that is 1 or more
+                    weight, wanted, reach = unit, top_p.to(tl.float64) * total, tl.log(VOCAB / (1.0 - top_p)) / unit
+                cutoff = _search(row_ptr, top, weight, cutoff, wanted, reach, VOCAB, TILE)
+            if step == 1:
+                cutoff = tl.maximum(cutoff, least)
+    return cutoff, top, total, bits
+
+
+# ---- laws
+
+
+@triton.jit
+def find_law(
+    row_ptr,  # logits of one row
+    settings,  # tuple (scale, top_k, top_p, log_min_p)
+    statistics_ptr,  # [2, blocks of the row] f32, written
+    FILTERS: tl.constexpr,
+    MEASURED: tl.constexpr,
+    VOCAB: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """(row, status bits): a row's law, of no use with any bit, and its statistics."""
+    cutoff, top, total, bits = filter_row(
+        row_ptr, settings, statistics_ptr, FILTERS, MEASURED, 3, VOCAB, TILE, BLOCKS
+    )  # fmt: skip
+    scale = settings[0]
+    inverse = (1.0 / tl.where(bits == 0, total, 1.0) * _ROW_UNIT).to(tl.float32)
+    only = tl.full([], -1, tl.int32)
+    if (scale == 0.0) & (bits == 0):
+        maxima, _ = _load_statistics(statistics_ptr, VOCAB, BLOCKS)
+        block = tl.min(tl.where(maxima == top, tl.arange(0, BLOCKS), BLOCKS), 0)
+        ids = block * DRAW_BLOCK + tl.arange(0, DRAW_BLOCK)
+        only = tl.min(tl.where(load_logits(row_ptr, ids, True, VOCAB) == top, ids, VOCAB), 0)
+        scale, cutoff, inverse = scale + 1.0, top, inverse * 0.0 + 1.0
+    return (row_ptr, scale, cutoff, top, inverse, only), bits
+
+
+@triton.jit
+def law(
     row,  # tuple
-    maxima_ptr,  # [blocks of the row] f32, from `store_statistics`
-    sums_ptr,  # [blocks of the row] f32
-    masses_ptr,  # [blocks of the row] f32, written; may be `sums_ptr`
-    VOCAB: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    logits,  # f32 block
+    ids,  # int32, of the same shape
 ):
-    """The mass of each draw block under the law itself, from the row's statistics: no pass over the vocabulary."""
-    scale, cutoff, top, inverse, argmax = row[1], row[2], row[3], row[4], row[5]
-    tl.debug_barrier()
-    index = tl.arange(0, BLOCKS)
-    there = index < tl.cdiv(VOCAB, DRAW_BLOCK)
-    maxima = tl.load(maxima_ptr + index, mask=there, other=-INFINITY)
-    sums = tl.load(sums_ptr + index, mask=there, other=0.0)
-    tl.debug_barrier()
-    # a block has mass only if its most probable token has: a draw never lands in a block of zeros
-    best = tl.where(maxima >= cutoff, tl.exp((maxima - top) * scale) * inverse, 0.0)
-    masses = tl.where(best > 0.0, sums * best, 0.0)
-    masses = tl.where(scale > 0.0, masses, (index == argmax // DRAW_BLOCK).to(tl.float32))
-    tl.store(masses_ptr + index, masses, mask=there)
+    """The probabilities of `ids`, whose logits are `logits`; -inf has none."""
+    scale, cutoff, top, inverse, only = row[1], row[2], row[3], row[4], row[5]
+    kept = (logits >= cutoff) & ((ids == only) | (only < 0))
+    return tl.where(kept, tl.exp((logits - top) * scale) * inverse, 0.0)
 
 
 @triton.jit
-def residual(
+def probability(
+    row,  # tuple
+    token,  # int32, below the vocabulary's size
+):
+    """f64: the law at one token; 0 for a token below 0."""
+    logit = tl.load(row[0] + token, mask=token >= 0, other=-INFINITY).to(tl.float32)
+    return law(row, logit, token).to(tl.float64)
+
+
+# ---- masses: what is left of p, (p - ratio q)_+, in units of 1 / MASS_UNIT
+
+
+@triton.jit
+def law_masses(
+    row,  # tuple
+    statistics_ptr,  # [2, blocks of the row] f32
+    VOCAB: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """[BLOCKS] i64: the mass of each draw block under the law itself, without a pass over the row."""
+    scale, top, inverse, only = row[1], row[3], row[4], row[5]
+    maxima, sums = _load_statistics(statistics_ptr, VOCAB, BLOCKS)
+    # a block has mass only if its most probable token has: a draw never lands in a block of zeros
+    best = tl.exp((maxima - top) * scale) * inverse
+    masses = (sums.to(tl.float64) * best.to(tl.float64) * MASS_UNIT).to(tl.int64)
+    masses = tl.where((best * MASS_UNIT).to(tl.int64) > 0, masses, 0)
+    here = tl.where(tl.arange(0, BLOCKS) == only // DRAW_BLOCK, 1.0, 0.0)
+    return tl.where(only < 0, masses, (here * MASS_UNIT).to(tl.int64))
+
+
+@triton.jit
+def _weights(
     p,  # row
-    q,  # row or None
-    use_p,  # f32: 1, or 0 for q alone
-    ratio,  # f32: beta / w; -1 for q alone
+    q,  # row, or None for p itself
+    ratio,  # f32
     ids,  # int32 block of token ids
     VOCAB: tl.constexpr,
 ):
-    """(use_p p - ratio q)_+ of `ids`; a row whose factor is 0 is not read. Without a row q, p itself."""
-    if q is None:
-        values = law(p, load_logits(p[0], ids, True, VOCAB), ids)
-    else:
-        p_law = law(p, load_logits(p[0], ids, use_p != 0.0, VOCAB), ids)
-        q_law = law(q, load_logits(q[0], ids, ratio != 0.0, VOCAB), ids)
-        values = tl.maximum(use_p * p_law - ratio * q_law, 0.0)
-    return values
+    """(p - ratio q)_+ of `ids`, i64; where the ratio is 0, q is not read."""
+    weights = law(p, load_logits(p[0], ids, True, VOCAB), ids)
+    if q is not None:
+        weights = tl.maximum(weights - ratio * law(q, load_logits(q[0], ids, ratio != 0.0, VOCAB), ids), 0.0)
+    return (weights * MASS_UNIT).to(tl.int64)
 
 
 @triton.jit
-def store_residual_masses(
+def store_masses(
     p,  # row
-    q,  # row or None
-    use_p,  # f32
+    q,  # row
     ratio,  # f32
-    masses_ptr,  # [blocks of the row] f32, written
+    masses_ptr,  # [blocks of the row] i64, written
     first,  # int32: the first block to do
     last,  # int32: one past the last
     VOCAB: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The residual's mass in each of the draw blocks [first, last): one pass over two rows."""
+    """The mass of (p - ratio q)_+ in each of the draw blocks [first, last): one pass over two rows."""
     for start in range(first, last, TILE):
         block = start + tl.arange(0, TILE)
         ids = block[:, None] * DRAW_BLOCK + tl.arange(0, DRAW_BLOCK)[None, :]
-        values = residual(p, q, use_p, ratio, ids, VOCAB)
-        tl.store(masses_ptr + block, tl.sum(values, 1), mask=block < last)
+        tl.store(masses_ptr + block, tl.sum(_weights(p, q, ratio, ids, VOCAB), 1), mask=block < last)
 
 
 @triton.jit
-def block_residual(
+def load_masses(masses_ptr, VOCAB: tl.constexpr, BLOCKS: tl.constexpr):
+    """[BLOCKS] i64, from `store_masses`."""
+    index = tl.arange(0, BLOCKS)
+    return tl.load(masses_ptr + index, mask=index < tl.cdiv(VOCAB, DRAW_BLOCK), other=0)
+
+
+@triton.jit
+def block_weights(
     p,  # row
     q,  # row or None
-    use_p,  # f32
     ratio,  # f32
     block,  # int32
-    without_ptr,  # [count] integers: tokens to leave out; those outside the vocabulary change nothing
-    count,  # int32
+    without_ptr,  # [count] integers: tokens to leave out; those below 0 change nothing
+    count,  # int32, or None to leave none out
     VOCAB: tl.constexpr,
 ):
-    """[DRAW_BLOCK] f32: the residual in one draw block, 0 at the tokens to leave out."""
+    """[DRAW_BLOCK] i64: the weights of one draw block, 0 at the tokens to leave out."""
     ids = block * DRAW_BLOCK + tl.arange(0, DRAW_BLOCK)
-    values = residual(p, q, use_p, ratio, ids, VOCAB)
-    for i in range(count):
-        values = tl.where(ids == tl.load(without_ptr + i), 0.0, values)
-    return values
+    weights = _weights(p, q, ratio, ids, VOCAB)
+    if count is not None:
+        for i in range(count):
+            weights = tl.where(ids == tl.load(without_ptr + i).to(tl.int32), 0, weights)
+    return weights
 
 
 @triton.jit
 def strike_out(
+    masses,  # [BLOCKS] i64
     p,  # row
     q,  # row or None
-    use_p,  # f32
     ratio,  # f32
-    masses_ptr,  # [blocks of the row] f32, from a `store_..._masses`; those of the struck blocks are written
     without_ptr,  # [count] integers
     count,  # int32
     VOCAB: tl.constexpr,
-):
-    """Sum the blocks of the tokens to leave out afresh, without them."""
-    tl.debug_barrier()
-    for i in range(count):
-        token = tl.load(without_ptr + i).to(tl.int32)
-        if (token >= 0) & (token < VOCAB):
-            block = token // DRAW_BLOCK
-            values = block_residual(p, q, use_p, ratio, block, without_ptr, count, VOCAB)
-            tl.store(masses_ptr + block, tl.sum(values, 0))
-
-
-@triton.jit
-def total_mass(
-    masses_ptr,  # [blocks of the row] f32
-    VOCAB: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """The sum of the masses."""
-    tl.debug_barrier()
-    index = tl.arange(0, BLOCKS)
-    return tl.sum(tl.load(masses_ptr + index, mask=index < tl.cdiv(VOCAB, DRAW_BLOCK), other=0.0), 0)
+    """The masses with the blocks of the tokens to leave out summed afresh, without them."""
+    for i in range(count):
+        token = tl.load(without_ptr + i).to(tl.int32)
+        if token >= 0:
+            block = token // DRAW_BLOCK
+            left = tl.sum(block_weights(p, q, ratio, block, without_ptr, count, VOCAB), 0)
+            masses = tl.where(tl.arange(0, BLOCKS) == block, left, masses)
+    return masses
 
 
 @triton.jit
-def first_above(
-    weights,  # [SIZE] f32, >= 0
-    u,  # f32 in [0, 1)
-    SIZE: tl.constexpr,
-):
-    """The first index whose cumulative weight exceeds u times the total, never one of weight 0; -1 without mass."""
-    index = tl.arange(0, SIZE)
-    above = tl.cumsum(weights, 0)
-    total = tl.sum(tl.where(index == SIZE - 1, above, 0.0), 0)
-    positive = weights > 0.0
-    found = tl.min(tl.where(positive & (above > total * u), index, SIZE), 0)
-    # u * total may be rounded up to the total: then the last one with a weight
-    return tl.where(found < SIZE, found, tl.max(tl.where(positive, index, -1), 0))
+def total_of(masses):
+    """f64: the sum of the masses, as a probability."""
+    return tl.sum(masses, 0).to(tl.float64) / MASS_UNIT
+
+
+@triton.jit
+def _first_above(masses, u):
+    """The first lane whose cumulative mass exceeds u times the total, which is positive; its mass is not zero."""
+    threshold = (u.to(tl.float64) * tl.sum(masses, 0).to(tl.float64)).to(tl.int64)
+    return tl.sum((tl.cumsum(masses, 0) <= threshold).to(tl.int32), 0)
 
 
 @triton.jit
 def draw(
+    masses,  # [BLOCKS] i64: of the weights, without the tokens to leave out
     p,  # row
     q,  # row or None
-    use_p,  # f32
     ratio,  # f32
-    masses_ptr,  # [blocks of the row] f32: the residual's, without the tokens to leave out
+    without_ptr,  # [count] integers
+    count,  # int32 or None
     u_block,  # f32 in [0, 1)
     u_place,  # f32 in [0, 1)
-    without_ptr,  # [count] integers
-    count,  # int32
     VOCAB: tl.constexpr,
-    BLOCKS: tl.constexpr,
 ):
-    """One token from the residual by inverse CDF, first its block and then its place; -1 without mass (int32)."""
-    tl.debug_barrier()
-    index = tl.arange(0, BLOCKS)
-    masses = tl.load(masses_ptr + index, mask=index < tl.cdiv(VOCAB, DRAW_BLOCK), other=0.0)
-    block = first_above(masses, u_block, BLOCKS)
-    token = -1
-    if block >= 0:
-        values = block_residual(p, q, use_p, ratio, block, without_ptr, count, VOCAB)
-        token = block * DRAW_BLOCK + first_above(values, u_place, DRAW_BLOCK)
+    """One token from the weights by inverse CDF, first its block and then its place (int32); -1 without mass."""
+    token = tl.full([], -1, tl.int32)
+    if tl.sum(masses, 0) > 0:
+        block = _first_above(masses, u_block)
+        token = block * DRAW_BLOCK + _first_above(
+            block_weights(p, q, ratio, block, without_ptr, count, VOCAB), u_place
+        )  # fmt: skip
     return token

@@ -1,411 +1,118 @@
-"""`verify` in Triton, schedule "walk": one program a request visits only the rows on its own way through the tree.
+"""`verify` in Triton: the scalar programs of `_rules` as one state machine, and two schedules that run it.
 
-The scalar programs are those of `_rules`, as state machines; scalars are float64 there and here. Three kernels: one
-turns each request's small inputs into links, settings and early status bits; then one a rule walks.
+Walk: one program a request visits only the rows on its own way through the tree; every pass over a row is its own.
 
-Masses are sums of whole numbers: a weight counts in units of 2**-60. Integer sums do not depend on their order, so the
-answer depends neither on the launch nor on the batch, the alignment of the rows or the hardware's reduction tree, and
-an inverse CDF over them has no rounding to guard against.
+Split: the rows of all nodes are measured first, and then swept in waves; the walk that follows finds statistics and
+masses in memory and computes scalars only. A sweep is the pass over two rows that follows a candidate's rejection: the
+masses of (p - ratio q)_+. The scalars of a node after some rejections do not depend on the coins, so a sweep needs
+nothing but earlier sweeps: those of the node's earlier candidates and, under `traversal`, whose weights flow down,
+those on the way from the root. `_prepare_kernel` counts them: that is the sweep's wave. There is one launch a wave;
+what exceeds the launch table's number of waves is left to the walk, so the number of launches depends on no data.
+
+Masses are whole numbers and the scalar code is the same, so the answer does not depend on the schedule. Scalars are
+float64. Siblings are kept side by side: a node's children stand in draw order at the places from `first` on.
 """
 
 # ruff: noqa: SIM102  a condition that the compiler decides stands apart from one that the kernel decides
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
+from . import _sampling_triton as sampling_triton
+from ._rows_triton import (
+    DRAW_BLOCK,
+    LARGEST_VOCAB,
+    blocks_of,
+    draw,
+    find_law,
+    law_masses,
+    load_masses,
+    probability,
+    row_options,
+    store_masses,
+    store_statistics,
+    strike_out,
+    total_of,
+)
+from ._sampling_triton import parameters
 from ._schedule import Launch, choose_launch
-from .types import DRAW_BLOCK, PLACEHOLDER, Status
+from .types import PLACEHOLDER, Status
 
-_BLOCK = tl.constexpr(DRAW_BLOCK)
 _PLACEHOLDER = tl.constexpr(PLACEHOLDER)
-_NAN_ROW = tl.constexpr(int(Status.NAN_ROW))
-_EMPTY_ROW = tl.constexpr(int(Status.EMPTY_ROW))
 _BAD_TOKEN = tl.constexpr(int(Status.BAD_TOKEN))
 _BAD_TREE = tl.constexpr(int(Status.BAD_TREE))
 _BAD_UNIFORM = tl.constexpr(int(Status.BAD_UNIFORM))
 _BAD_SAMPLING = tl.constexpr(int(Status.BAD_SAMPLING))
 
-# A node's candidate as the walk sees it: a token, or one of these.
+# A candidate as the walk sees it: a token, or one of these.
 _MISSING = tl.constexpr(-1)
 _REPEATED = tl.constexpr(-2)
 
-# [batch, 4, nodes] int32: the candidate, the first child (-1: a leaf), the next sibling, the last child.
-_LINKS = tl.constexpr(4)
-_CANDIDATE, _FIRST, _NEXT, _LAST = (tl.constexpr(i) for i in range(4))
+# [batch, 8, nodes] int32. Of a node: the place of its first child, the number of its children (0 for a leaf), its own
+# place, the wave of the sweep that follows its rejection, and the ancestor up to which the wave has been counted. Of a
+# place: the node, the candidate, and the candidate again if its rejection counts.
+_LINKS = tl.constexpr(8)
+_FIRST, _COUNT, _PLACE, _WAVE, _ANCESTOR, _NODE, _CANDIDATE, _TRIED = (tl.constexpr(i) for i in range(8))
 
-# [batch, 2, 4] float64, target and then draft: 1 / temperature (0: temperature 0), top_k (0: off), top_p, and
-# log(min_p) * temperature, the distance of min-p's cut-off from the largest logit (-inf: off).
-_SETTINGS = tl.constexpr(8)
-
-# [batch, nodes, 2, 8] float64, target and then draft: what makes a row of logits a law; see `_law`.
+# [batch, nodes, 2, 8] f64, target and then draft: a row's law without its pointer; its status bits; and of a draft row
+# under "greedy", 1 / (mass outside the most probable siblings), 0 where nothing is left or none was drawn.
 _RECORD = tl.constexpr(8)
-_SCALE, _CUTOFF, _TOP, _INVERSE, _ONLY = (tl.constexpr(i) for i in range(5))
+_BITS, _INVERSE_MASS = tl.constexpr(5), tl.constexpr(6)
 
-# [batch, nodes, 8] float64: a node's scalars while `traversal` is in the subtree of one of its children.
+# [batch, nodes, 8] f64: the scalars of a node's parent when the node is tested, `tested` and `swept` last.
 _FRAME = tl.constexpr(8)
-
-# Units of a weight (their sum is at most about 1) and of exp(x - max) (at most the vocabulary, 2**20).
-_MASS_UNIT = tl.constexpr(2.0**60)
-_EXP_UNIT = tl.constexpr(2.0**42)
-_LARGEST_VOCAB = 1 << 20
-
-# Without fused multiply-adds, whose choice is the compiler's, every pass over a row sees the same weights.
-_OPTIONS = {"enable_fp_fusion": False}
 
 _SMALL_DRAFT_MASS = tl.constexpr(1e-6)
 _NO_WEIGHT = tl.constexpr(1e-30)
-_SMALLEST_KEY = tl.constexpr(-(2**31) + 0x7FFFFF)  # of -inf
+_LARGEST_RATIO = tl.constexpr(3.0e38)
 
-# States of the traversal.
+# States of the walk.
 _ENTER, _TEST, _REJECTED, _STOP, _DONE = (tl.constexpr(i) for i in range(5))
-
-
-# ---- rows of logits as laws
-
-
-@triton.jit
-def _row(logits_ptr, rows_ptr, request, node, nodes, stride_request, stride_row):
-    """Where a node's logits begin; the node has a row."""
-    if rows_ptr is None:
-        offset = request.to(tl.int64) * stride_request + node.to(tl.int64) * stride_row
-    else:
-        offset = tl.load(rows_ptr + request.to(tl.int64) * nodes + node).to(tl.int64) * stride_row
-    return logits_ptr + offset
-
-
-@triton.jit
-def _record(record_ptr, wanted):
-    """A row's law: (scale, cutoff, top, inverse, only); of no use where it is not wanted."""
-    scale = tl.load(record_ptr + _SCALE, mask=wanted, other=0.0).to(tl.float32)
-    cutoff = tl.load(record_ptr + _CUTOFF, mask=wanted, other=0.0).to(tl.float32)
-    top = tl.load(record_ptr + _TOP, mask=wanted, other=0.0).to(tl.float32)
-    inverse = tl.load(record_ptr + _INVERSE, mask=wanted, other=0.0).to(tl.float32)
-    only = tl.load(record_ptr + _ONLY, mask=wanted, other=0.0).to(tl.int32)
-    return scale, cutoff, top, inverse, only
-
-
-@triton.jit
-def _law(row_ptr, record, ids, valid):
-    """exp((x - top) * scale) * inverse where x >= cutoff; with only >= 0, at that token alone (temperature 0)."""
-    scale, cutoff, top, inverse, only = record
-    x = tl.load(row_ptr + ids, mask=valid, other=float("-inf")).to(tl.float32)
-    kept = valid & (x >= cutoff) & ((ids == only) | (only < 0))
-    return tl.where(kept, tl.exp((x - top) * scale) * inverse, 0.0)
-
-
-@triton.jit
-def _probability(row_ptr, record, token):
-    """The law at one token, float64; 0 for none."""
-    return _law(row_ptr, record, token, token >= 0).to(tl.float64)
-
-
-@triton.jit
-def _key(x):
-    """An int32 in the order of the float32 x."""
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _value(key):
-    """The float32 of an order-preserving key."""
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _search(row_ptr, low, high, limit, top, scale, BY_MASS: tl.constexpr, VOCAB: tl.constexpr, TILE: tl.constexpr):
-    """The smallest logit with less than `limit` strictly above it, as a key: a bisection between logits of the row.
-
-    Args:
-        row_ptr: the logits.
-        low, high: keys that enclose the answer; entries below `low` do not count.
-        limit: float64, a number of tokens; with BY_MASS a mass in units of exp(x - top).
-        top: the largest logit.
-        scale: 1 / temperature.
-    """
-    floor = low
-    while low < high:
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        above = tl.zeros([TILE, _BLOCK], tl.int64)
-        below = tl.full([TILE, _BLOCK], _SMALLEST_KEY, tl.int32)
-        next_up = tl.full([TILE, _BLOCK], 0x7FFFFFFF, tl.int32)
-        for start in range(0, VOCAB, TILE * _BLOCK):
-            ids = start + tl.arange(0, TILE)[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
-            x = tl.load(row_ptr + ids, mask=ids < VOCAB, other=float("-inf")).to(tl.float32)
-            key = _key(x)
-            counts = (key > middle) & (key >= floor)
-            if BY_MASS:
-                above += tl.where(counts, (tl.exp((x - top) * scale) * _EXP_UNIT).to(tl.int64), 0)
-            else:
-                above += counts.to(tl.int64)
-            below = tl.maximum(below, tl.where(key <= middle, key, _SMALLEST_KEY))
-            next_up = tl.minimum(next_up, tl.where(key > middle, key, 0x7FFFFFFF))
-        if tl.sum(tl.sum(above, 1), 0).to(tl.float64) < limit:
-            high = tl.maximum(tl.max(tl.max(below, 1), 0), floor)
-        else:
-            low = tl.min(tl.min(next_up, 1), 0)
-    return high
-
-
-@triton.jit
-def _exp_mass(row_ptr, cutoff, top, scale, VOCAB: tl.constexpr, TILE: tl.constexpr):
-    """Sum of exp((x - top) * scale) over x >= cutoff, in units."""
-    total = tl.zeros([TILE, _BLOCK], tl.int64)
-    for start in range(0, VOCAB, TILE * _BLOCK):
-        ids = start + tl.arange(0, TILE)[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
-        x = tl.load(row_ptr + ids, mask=ids < VOCAB, other=float("-inf")).to(tl.float32)
-        weight = tl.where(x >= cutoff, tl.exp((x - top) * scale), 0.0)
-        total += (weight * _EXP_UNIT).to(tl.int64)
-    return tl.sum(tl.sum(total, 1), 0)
-
-
-@triton.jit
-def _measure(row_ptr, settings_ptr, record_ptr, FILTERS: tl.constexpr, VOCAB: tl.constexpr, TILE: tl.constexpr):
-    """Write a row's record; returns its status bits, with which the record is void."""
-    best = tl.full([TILE, _BLOCK], float("-inf"), tl.float32)
-    where = tl.zeros([TILE, _BLOCK], tl.int32)
-    broken = tl.zeros([TILE, _BLOCK], tl.int32)
-    for start in range(0, VOCAB, TILE * _BLOCK):
-        ids = start + tl.arange(0, TILE)[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
-        x = tl.load(row_ptr + ids, mask=ids < VOCAB, other=float("-inf")).to(tl.float32)
-        broken = tl.where(x < float("inf"), broken, 1)
-        where = tl.where(x > best, ids, where)
-        best = tl.maximum(best, x)
-    top = tl.max(tl.max(best, 1), 0)
-    bits = tl.where(tl.max(tl.max(broken, 1), 0) > 0, _NAN_ROW, tl.where(top == float("-inf"), _EMPTY_ROW, 0))
-    if bits == 0:
-        scale = tl.load(settings_ptr).to(tl.float32)
-        cutoff = tl.cast(float("-inf"), tl.float32)
-        inverse = tl.cast(1.0, tl.float32)
-        only = tl.cast(-1, tl.int32)
-        if scale == 0.0:
-            scale += 1.0
-            cutoff = top
-            only = tl.min(tl.min(tl.where(best == top, where, VOCAB), 1), 0)
-        else:
-            if FILTERS:
-                top_k = tl.load(settings_ptr + 1)
-                top_p = tl.load(settings_ptr + 2)
-                highest = _key(top)
-                floor = tl.cast(_SMALLEST_KEY, tl.int32)
-                if (top_k > 0) & (top_k < VOCAB):
-                    floor = _search(row_ptr, floor, highest, top_k, top, scale, False, VOCAB, TILE)
-                if top_p < 1:
-                    mass = _exp_mass(row_ptr, _value(floor), top, scale, VOCAB, TILE)
-                    floor = _search(row_ptr, floor, highest, top_p * mass.to(tl.float64), top, scale, True, VOCAB, TILE)
-                min_p_cutoff = (top.to(tl.float64) + tl.load(settings_ptr + 3)).to(tl.float32)
-                cutoff = tl.maximum(_value(floor), min_p_cutoff)
-            mass = _exp_mass(row_ptr, cutoff, top, scale, VOCAB, TILE)
-            inverse = (1.0 / mass.to(tl.float64) * _EXP_UNIT).to(tl.float32)
-        tl.store(record_ptr + _SCALE, scale.to(tl.float64))
-        tl.store(record_ptr + _CUTOFF, cutoff.to(tl.float64))
-        tl.store(record_ptr + _TOP, top.to(tl.float64))
-        tl.store(record_ptr + _INVERSE, inverse.to(tl.float64))
-        tl.store(record_ptr + _ONLY, only.to(tl.float64))
-    tl.debug_barrier()  # the stores above are the whole program's to read
-    return bits
-
-
-# ---- masses and draws
-
-
-@triton.jit
-def _weights(
-    p_row_ptr, p_law, q_row_ptr, q_law, ratio, ids,
-    Q_ALONE: tl.constexpr, HAS_DRAFT: tl.constexpr, VOCAB: tl.constexpr,
-):  # fmt: skip
-    """(p - ratio q)_+ of some tokens, or q itself, in units; where the ratio is 0, q is not read."""
-    valid = ids < VOCAB
-    if Q_ALONE:
-        weight = _law(q_row_ptr, q_law, ids, valid)
-    else:
-        weight = _law(p_row_ptr, p_law, ids, valid)
-        if HAS_DRAFT:
-            if ratio != 0.0:
-                weight = tl.maximum(weight - ratio * _law(q_row_ptr, q_law, ids, valid), 0.0)
-    return (weight * _MASS_UNIT).to(tl.int64)
-
-
-@triton.jit
-def _without(units, ids, links_ptr, nodes, first, end):
-    """Clear the entries of the candidates from sibling `first` up to, not including, `end`."""
-    other = first
-    while other != end:
-        units = tl.where(ids == tl.load(links_ptr + nodes * _CANDIDATE + other), 0, units)
-        other = tl.load(links_ptr + nodes * _NEXT + other)
-    return units
-
-
-@triton.jit
-def _masses(
-    p_row_ptr,
-    p_law,
-    q_row_ptr,
-    q_law,
-    masses_ptr,
-    links_ptr,
-    nodes,
-    ratio,
-    first,
-    end,
-    Q_ALONE: tl.constexpr,
-    HAS_DRAFT: tl.constexpr,
-    VOCAB: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    """Write the mass of each draw block of (p - ratio q)_+, or of q alone; returns the total, float64.
-
-    The siblings from `first` up to, not including, `end` are left out (None: none is). Their blocks are summed
-    once more without them, so that the pass over the row compares no ids.
-    """
-    blocks = tl.cdiv(VOCAB, _BLOCK)
-    tl.debug_barrier()  # until here the old masses may be read
-    for start in range(0, blocks, TILE):
-        block = start + tl.arange(0, TILE)
-        ids = block[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
-        units = _weights(p_row_ptr, p_law, q_row_ptr, q_law, ratio, ids, Q_ALONE, HAS_DRAFT, VOCAB)
-        tl.store(masses_ptr + block, tl.sum(units, 1), mask=block < blocks)
-    tl.debug_barrier()
-    if first is not None:
-        other = first
-        while other != end:
-            token = tl.load(links_ptr + nodes * _CANDIDATE + other)
-            if token >= 0:
-                block_id = token // _BLOCK
-                ids = block_id * _BLOCK + tl.arange(0, _BLOCK)
-                units = _weights(p_row_ptr, p_law, q_row_ptr, q_law, ratio, ids, Q_ALONE, HAS_DRAFT, VOCAB)
-                tl.store(masses_ptr + block_id, tl.sum(_without(units, ids, links_ptr, nodes, first, end), 0))
-            other = tl.load(links_ptr + nodes * _NEXT + other)
-        tl.debug_barrier()
-    lanes = tl.arange(0, BLOCKS)
-    total = tl.sum(tl.load(masses_ptr + lanes, mask=lanes < blocks, other=0), 0)
-    return total.to(tl.float64) / _MASS_UNIT
-
-
-@triton.jit
-def _first_above(masses, u):
-    """The first lane whose cumulative mass exceeds u times the total, which is positive; its mass is not zero."""
-    threshold = (u.to(tl.float64) * tl.sum(masses, 0).to(tl.float64)).to(tl.int64)
-    return tl.sum((tl.cumsum(masses, 0) <= threshold).to(tl.int32), 0)
-
-
-@triton.jit
-def _draw(
-    p_row_ptr,
-    p_law,
-    q_row_ptr,
-    q_law,
-    masses_ptr,
-    links_ptr,
-    nodes,
-    ratio,
-    first,
-    end,
-    u_block,
-    u_place,
-    HAS_DRAFT: tl.constexpr,
-    VOCAB: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    """One token from the weights whose block masses `_masses` has just written; their total is positive."""
-    lanes = tl.arange(0, BLOCKS)
-    masses = tl.load(masses_ptr + lanes, mask=lanes < tl.cdiv(VOCAB, _BLOCK), other=0)
-    ids = _first_above(masses, u_block) * _BLOCK + tl.arange(0, _BLOCK)
-    units = _weights(p_row_ptr, p_law, q_row_ptr, q_law, ratio, ids, False, HAS_DRAFT, VOCAB)
-    if first is not None:
-        units = _without(units, ids, links_ptr, nodes, first, end)
-    return tl.minimum(tl.min(ids, 0) + _first_above(units, u_place), VOCAB - 1)
 
 
 # ---- what the host hands over
 
 
-@triton.jit
-def _setting(number, tensor_ptr, request, stride):
-    """One sampling parameter of a request: the tensor's, if there is one."""
-    if tensor_ptr is None:
-        value = tl.cast(number, tl.float64)
-    else:
-        value = tl.load(tensor_ptr + request.to(tl.int64) * stride).to(tl.float64)
-    return value
-
-
-@triton.jit
-def _settings(settings_ptr, temperature, top_k, top_p, min_p):
-    """Write one side's settings; returns whether they are out of range."""
-    sound = (temperature >= 0) & (temperature < float("inf"))
-    sound = sound & (top_k >= 0) & (top_p > 0) & (top_p <= 1) & (min_p >= 0) & (min_p <= 1)
-    hot = sound & (temperature > 0)
-    tl.store(settings_ptr, tl.where(hot, 1.0 / tl.where(hot, temperature, 1.0), 0.0))
-    tl.store(settings_ptr + 1, top_k)
-    tl.store(settings_ptr + 2, top_p)
-    limited = sound & (min_p > 0)
-    below = tl.log(tl.where(limited, min_p, 1.0).to(tl.float32)).to(tl.float64) * tl.where(hot, temperature, 1.0)
-    tl.store(settings_ptr + 3, tl.where(limited, below, float("-inf")))
-    return sound == 0
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["nodes", "target_row_count", "draft_row_count", "width"])
 def _prepare_kernel(
     tokens_ptr,  # [batch, nodes] i32 or i64
     parents_ptr,  # [nodes] or [batch, nodes] i32 or i64
     uniforms_ptr,  # [batch, nodes + 2] f32
-    target_rows_ptr,  # [batch, nodes] i32 or i64, or None
-    draft_rows_ptr,  # [batch, nodes] i32 or i64, or None
-    temperature_ptr,  # [batch] or None, in place of the number; so are the next ones
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    draft_temperature_ptr,
-    draft_top_k_ptr,
-    draft_top_p_ptr,
-    draft_min_p_ptr,
-    links_ptr,  # out: [batch, 4, nodes] i32
-    settings_ptr,  # out: [batch, 2, 4] f64
+    target,  # tuple: `_side`
+    draft,  # the same; of no use without HAS_DRAFT
+    links_ptr,  # out: [batch, 8, nodes] i32
     path_ptr,  # out: [batch, width] i32, -1 after a root that stays
     length_ptr,  # out: [batch] i32, 1
     emitted_ptr,  # out: [batch, width] i64, -1 after a placeholder
     status_ptr,  # out: [batch] i32, the bits that need no row
     parents_stride_batch,
-    temperature_stride,
-    top_k_stride,
-    top_p_stride,
-    min_p_stride,
-    draft_temperature_stride,
-    draft_top_k_stride,
-    draft_top_p_stride,
-    draft_min_p_stride,
-    temperature,  # f32
-    top_k,  # f32
-    top_p,  # f32
-    min_p,  # f32
-    draft_temperature,  # f32
-    draft_top_k,  # f32
-    draft_top_p,  # f32
-    draft_min_p,  # f32
+    sampling,  # tuple: `_sampling_triton.arguments`
+    draft_sampling,  # the same
     nodes,
     target_row_count,
     draft_row_count,
     width,
-    DISTINCT: tl.constexpr,  # whether a candidate that repeats an earlier sibling is never offered
+    PROPOSAL: tl.constexpr,
+    RULE: tl.constexpr,
     HAS_DRAFT: tl.constexpr,
+    WAVES: tl.constexpr,  # whether rejections are sorted into waves
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,  # nodes at once
 ):
-    """One request's links, settings and early status; grid (batch,).
+    """One request's links and early status; grid (batch,).
 
-    A node's children are those whose parent it is; comparing all pairs of nodes in tiles needs no order and no scratch.
+    A node's children are those whose parent it is; comparing all pairs of nodes in tiles needs no order.
     """
     request = tl.program_id(0)
     tokens_ptr += request.to(tl.int64) * nodes
     parents_ptr += request.to(tl.int64) * parents_stride_batch
     uniforms_ptr += request.to(tl.int64) * (nodes + 2)
     links_ptr += request.to(tl.int64) * _LINKS * nodes
-    settings_ptr += request.to(tl.int64) * _SETTINGS
 
     bad_tree = (tl.load(parents_ptr) != -1).to(tl.int32)
     bad_token = bad_tree * 0
@@ -423,66 +130,74 @@ def _prepare_kernel(
         drawn = (token >= 0) & (token < VOCAB)
         bad_token = tl.maximum(bad_token, tl.max((child & (drawn == 0) & (token != -1)).to(tl.int32), 0))
 
-        first = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
-        following = first
-        last = tl.full([BLOCK], -1, tl.int32)
+        first = tl.zeros([BLOCK], tl.int32)
+        count = tl.zeros([BLOCK], tl.int32)
         some = tl.zeros([BLOCK], tl.int32)
+        place = tl.zeros([BLOCK], tl.int32)
+        rank = tl.zeros([BLOCK], tl.int32)
+        after = tl.zeros([BLOCK], tl.int32)
         repeated = tl.zeros([BLOCK], tl.int32)
         for other_start in range(0, nodes, BLOCK):
             j = other_start + tl.arange(0, BLOCK)
-            other_parent = tl.load(parents_ptr + j, mask=(j > 0) & (j < nodes), other=-1).to(tl.int32)
-            other_token = tl.load(tokens_ptr + j, mask=j < nodes, other=-1)
+            other_parent = tl.load(parents_ptr + j, mask=(j > 0) & (j < nodes), other=-1).to(tl.int32)[None, :]
+            other_token = tl.load(tokens_ptr + j, mask=j < nodes, other=-1)[None, :]
             other_drawn = (other_token >= 0) & (other_token < VOCAB)
-            below = other_parent[None, :] == i[:, None]
-            beside = (other_parent[None, :] == parent[:, None]) & child[:, None]
-            first = tl.minimum(first, tl.min(tl.where(below, j[None, :], 0x7FFFFFFF), 1))
-            last = tl.maximum(last, tl.max(tl.where(below, j[None, :], -1), 1))
-            some = tl.maximum(some, tl.max((below & other_drawn[None, :]).to(tl.int32), 1))
-            after = beside & (j[None, :] > i[:, None])
-            following = tl.minimum(following, tl.min(tl.where(after, j[None, :], 0x7FFFFFFF), 1))
-            if DISTINCT:
-                same = beside & (j[None, :] < i[:, None]) & (other_token[None, :] == token[:, None])
-                repeated = tl.maximum(repeated, tl.max(same.to(tl.int32), 1))
-        candidate = tl.where(drawn, tl.where(repeated > 0, _REPEATED, token.to(tl.int32)), _MISSING)
-        tl.store(links_ptr + nodes * _CANDIDATE + i, candidate, mask=inside)
-        tl.store(links_ptr + nodes * _FIRST + i, tl.where(some > 0, first, -1), mask=inside)
-        tl.store(links_ptr + nodes * _NEXT + i, tl.where(following < nodes, following, -1), mask=inside)
-        tl.store(links_ptr + nodes * _LAST + i, last, mask=inside)
-
+            below = other_parent == i[:, None]
+            beside = (other_parent == parent[:, None]) & child[:, None]
+            earlier = beside & (j[None, :] < i[:, None])
+            first += tl.sum(((other_parent >= 0) & (other_parent < i[:, None])).to(tl.int32), 1)
+            count += tl.sum(below.to(tl.int32), 1)
+            some += tl.sum((below & other_drawn).to(tl.int32), 1)
+            place += tl.sum(((other_parent >= 0) & (other_parent < parent[:, None])).to(tl.int32), 1)
+            rank += tl.sum(earlier.to(tl.int32), 1)
+            after += tl.sum((beside & (j[None, :] > i[:, None])).to(tl.int32), 1)
+            repeated += tl.sum((earlier & (other_token == token[:, None])).to(tl.int32), 1)
+        target_rows_ptr = target[1]
         if target_rows_ptr is not None:
             used = child | (i == 0)
             row = tl.load(target_rows_ptr + request.to(tl.int64) * nodes + i, mask=used, other=0)
             stray = stray | (used & ((row < -1) | (row >= target_row_count) | ((row < 0) & (i == 0))))
-        if draft_rows_ptr is not None:
-            inner = inside & (last >= 0)
-            row = tl.load(draft_rows_ptr + request.to(tl.int64) * nodes + i, mask=inner, other=0)
-            stray = stray | (inner & ((row < 0) | (row >= draft_row_count)))
+            some = tl.where(row < 0, 0, some)  # a virtual node is a leaf
+        if HAS_DRAFT:
+            draft_rows_ptr = draft[1]
+            if draft_rows_ptr is not None:
+                inner = inside & (count > 0)
+                row = tl.load(draft_rows_ptr + request.to(tl.int64) * nodes + i, mask=inner, other=0)
+                stray = stray | (inner & ((row < 0) | (row >= draft_row_count)))
+
+        candidate = tl.where(drawn, token.to(tl.int32), _MISSING)
+        if PROPOSAL == "point" or PROPOSAL == "greedy":
+            candidate = tl.where(drawn & (repeated > 0), _REPEATED, candidate)
+        place += rank
+        tl.store(links_ptr + nodes * _FIRST + i, first, mask=inside)
+        tl.store(links_ptr + nodes * _COUNT + i, tl.where(some > 0, count, 0), mask=inside)
+        tl.store(links_ptr + nodes * _PLACE + i, place, mask=inside)
+        tl.store(links_ptr + nodes * _NODE + place, i, mask=child)
+        tl.store(links_ptr + nodes * _CANDIDATE + place, candidate, mask=child)
+        tl.store(links_ptr + nodes * _TRIED + place, candidate, mask=child)
+        if WAVES:
+            # how many sweeps come between the parent's entry and the node's own
+            own = tl.where(after > 0, 1, 0) if PROPOSAL == "greedy" else rank
+            tl.store(links_ptr + nodes * _WAVE + i, tl.where(child, own, 0), mask=inside)
+            tl.store(links_ptr + nodes * _ANCESTOR + i, tl.where(child & (stray == 0), parent, 0), mask=inside)
+
         bad_tree = tl.maximum(bad_tree, tl.max(stray.to(tl.int32), 0))
+
+    if WAVES and RULE == "traversal":
+        _count_waves(links_ptr + nodes * _WAVE, links_ptr + nodes * _ANCESTOR, nodes, BLOCK)
 
     for start in range(0, nodes + 2, BLOCK):
         i = start + tl.arange(0, BLOCK)
         u = tl.load(uniforms_ptr + i, mask=i < nodes + 2, other=0.0)
         bad_uniform = tl.maximum(bad_uniform, tl.max(tl.where((u >= 0) & (u < 1), 0, 1), 0))
-
-    out_of_range = _settings(
-        settings_ptr,
-        _setting(temperature, temperature_ptr, request, temperature_stride),
-        _setting(top_k, top_k_ptr, request, top_k_stride),
-        _setting(top_p, top_p_ptr, request, top_p_stride),
-        _setting(min_p, min_p_ptr, request, min_p_stride),
-    )
+    _, _, _, _, sound = parameters(sampling, request.to(tl.int64), VOCAB)
     if HAS_DRAFT:
-        out_of_range = out_of_range | _settings(
-            settings_ptr + 4,
-            _setting(draft_temperature, draft_temperature_ptr, request, draft_temperature_stride),
-            _setting(draft_top_k, draft_top_k_ptr, request, draft_top_k_stride),
-            _setting(draft_top_p, draft_top_p_ptr, request, draft_top_p_stride),
-            _setting(draft_min_p, draft_min_p_ptr, request, draft_min_p_stride),
-        )
+        _, _, _, _, draft_sound = parameters(draft_sampling, request.to(tl.int64), VOCAB)
+        sound = sound & draft_sound
 
     # a tree that is none has no candidates to speak of
     status = tl.where(bad_tree > 0, _BAD_TREE, bad_token * _BAD_TOKEN)
-    status = status | (bad_uniform * _BAD_UNIFORM) | (out_of_range.to(tl.int32) * _BAD_SAMPLING)
+    status = status | (bad_uniform * _BAD_UNIFORM) | tl.where(sound, 0, _BAD_SAMPLING)
     tl.store(status_ptr + request, status)
     tl.store(length_ptr + request, 1)
     for start in range(0, width, BLOCK):
@@ -493,9 +208,501 @@ def _prepare_kernel(
 
 
 @triton.jit
+def _count_waves(
+    wave_ptr,  # [nodes] i32, in, out: of one step to the ancestor; of the whole way from the root
+    ancestor_ptr,  # [nodes] i32, in, out: the parent; the root
+    nodes,
+    BLOCK: tl.constexpr,
+):
+    """Sum the waves on the way from the root to each node, twice as much of it every round."""
+    pending = nodes - 1
+    while pending > 0:
+        pending = pending * 0
+        for start in range(0, nodes, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            tl.debug_barrier()
+            ancestor = tl.load(ancestor_ptr + i, mask=i < nodes, other=0)
+            wave = tl.load(wave_ptr + i, mask=i < nodes, other=0) + tl.load(wave_ptr + ancestor)
+            ancestor = tl.load(ancestor_ptr + ancestor)
+            tl.debug_barrier()
+            tl.store(wave_ptr + i, wave, mask=i < nodes)
+            tl.store(ancestor_ptr + i, ancestor, mask=i < nodes)
+            pending = tl.maximum(pending, tl.max(ancestor, 0))
+
+
+# ---- a node of a request: its rows and its children
+
+
+@triton.jit
+def _row_ptr(
+    side,  # tuple: `_side`
+    request,
+    node,
+    nodes,
+):
+    """Where a node's logits begin; the node has a row."""
+    logits_ptr, rows_ptr, stride_request, stride_row = side
+    if rows_ptr is None:
+        offset = request.to(tl.int64) * stride_request + node.to(tl.int64) * stride_row
+    else:
+        offset = tl.load(rows_ptr + request.to(tl.int64) * nodes + node).to(tl.int64) * stride_row
+    return logits_ptr + offset
+
+
+@triton.jit
+def _load_row(row_ptr, record_ptr, wanted):
+    """A row as a tuple, from its record; without probability where it is not wanted."""
+    scale = tl.load(record_ptr, mask=wanted, other=0.0).to(tl.float32)
+    cutoff = tl.load(record_ptr + 1, mask=wanted, other=0.0).to(tl.float32)
+    top = tl.load(record_ptr + 2, mask=wanted, other=0.0).to(tl.float32)
+    inverse = tl.load(record_ptr + 3, mask=wanted, other=0.0).to(tl.float32)
+    only = tl.load(record_ptr + 4, mask=wanted, other=0.0).to(tl.int32)
+    return (row_ptr, scale, cutoff, top, inverse, only)
+
+
+@triton.jit
+def _load_rows(target, draft, records_ptr, request, node, nodes):
+    """p and q of a node that has children, from its records."""
+    record_ptr = records_ptr + node * 2 * _RECORD
+    p = _load_row(_row_ptr(target, request, node, nodes), record_ptr, True)
+    return p, _load_row(_row_ptr(draft, request, node, nodes), record_ptr + _RECORD, True)
+
+
+@triton.jit
+def _measure(
+    row_ptr,  # logits of one row
+    sampling,  # tuple: `_sampling_triton.arguments`
+    request,
+    record_ptr,  # [8] f64, written
+    statistics_ptr,  # [2, blocks] f32, written
+    tokens_ptr,  # [others + 1] i32: a node's candidates, the drawn one last; None: not of interest
+    others,
+    FILTERS: tl.constexpr,
+    MEASURED: tl.constexpr,
+    VOCAB: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Write a row's record and statistics; returns its status bits."""
+    scale, top_k, top_p, log_min_p, _ = parameters(sampling, request.to(tl.int64), VOCAB)
+    settings = (scale, top_k, top_p, log_min_p)
+    row, bits = find_law(row_ptr, settings, statistics_ptr, FILTERS, MEASURED, VOCAB, TILE, BLOCKS)
+    for i in tl.static_range(5):
+        tl.store(record_ptr + i, row[i + 1].to(tl.float64))
+    tl.store(record_ptr + _BITS, bits.to(tl.float64))
+    if tokens_ptr is not None:
+        inverse_mass = tl.full([], 0.0, tl.float64)
+        if (bits == 0) & (tl.load(tokens_ptr + others) != _MISSING):
+            inverse_mass += 1.0
+            if others > 0:
+                mass = _mass_outside(row, statistics_ptr, tokens_ptr, others, VOCAB, BLOCKS)
+                inverse_mass = tl.where(mass > 0.0, 1.0 / tl.where(mass > 0.0, mass, 1.0), 0.0)
+        tl.store(record_ptr + _INVERSE_MASS, inverse_mass)
+    tl.debug_barrier()  # the record is the whole program's to read
+    return bits
+
+
+@triton.jit
+def _is_virtual(target, request, node, nodes):
+    rows_ptr = target[1]
+    virtual = node < 0
+    if rows_ptr is not None:
+        virtual = tl.load(rows_ptr + request.to(tl.int64) * nodes + node) < 0
+    return virtual
+
+
+# ---- the scalar program
+#
+# state = (w, beta, S, Z, c), letters as in `docs/algorithm.md`; S is S under `recursive`, kappa under `traversal`, and
+# what is left where siblings are offered shares of it ("point"; "greedy" after the drawn child).
+
+
+@triton.jit
+def _entered(w):
+    """The state of a node entered with weight w."""
+    one = w * 0.0 + 1.0
+    return (w, w * 0.0, one, one, w)
+
+
+@triton.jit
+def _offer(state, px, qx, drawn, PROPOSAL: tl.constexpr, RULE: tl.constexpr):
+    """(scale, mass) of a candidate: it is taken with probability mass / scale, or entered with that weight."""
+    w, beta, S, Z, _ = state
+    if PROPOSAL == "point":
+        scale, mass = S, w * px
+    elif PROPOSAL == "greedy":
+        scale, mass = tl.where(drawn, qx * beta, S), w * px
+    elif RULE == "recursive":
+        scale, mass = qx * S, tl.maximum(px - beta * qx, 0.0) * Z
+    else:
+        scale, mass = qx, S * tl.maximum(w * px - beta * qx, 0.0) * Z
+    return scale, mass
+
+
+@triton.jit
+def _share(scale, mass):
+    """The weight min(1, mass / scale) of a child; 0: it is not entered."""
+    weight = tl.where(mass >= scale, 1.0, mass / tl.where(scale > 0.0, scale, 1.0))
+    return tl.where(mass > scale * _NO_WEIGHT, weight, 0.0)
+
+
+@triton.jit
+def _ratio(w, beta):
+    """beta / w, the factor of q in a sweep."""
+    return tl.minimum(beta / w, _LARGEST_RATIO).to(tl.float32)
+
+
+@triton.jit
+def _next_beta(state, RULE: tl.constexpr):
+    """The beta that a drawn candidate's rejection leads to."""
+    _, beta, S, Z, _ = state
+    return beta + (S / Z if RULE == "recursive" else 1.0 / (S * Z))
+
+
+@triton.jit
+def _after_drawn(state, total, qx, RULE: tl.constexpr, REPLACED: tl.constexpr):
+    """A drawn candidate was rejected, and a sweep at `_next_beta` found the total.
+
+    Returns:
+        whether the rejection counts (else the state stays as it is: rounding, or a token that cannot have been drawn);
+        the state that follows. Its Z may have to be found afresh, see `_draft_mass_left`.
+    """
+    w, beta, S, Z, c = state
+    next_beta = _next_beta(state, RULE)
+    if RULE == "recursive":
+        next_S, next_c = total, c
+        counts = total > 0.0
+    else:
+        s = S * w * total
+        rest = s + (1.0 - c)  # in this order a small s survives where c is 1
+        counts = rest > 0.0
+        next_S, next_c = S / tl.where(counts, rest, 1.0), s / tl.where(counts, rest, 1.0)
+    next_Z = Z if REPLACED else Z - qx
+    return counts, (
+        w,
+        tl.where(counts, next_beta, beta),
+        tl.where(counts, next_S, S),
+        tl.where(counts, next_Z, Z),
+        tl.where(counts, next_c, c),
+    )
+
+
+@triton.jit
+def _mass_outside(row, statistics_ptr, tokens_ptr, count, VOCAB: tl.constexpr, BLOCKS: tl.constexpr):
+    """The mass of a law outside the first `count` tokens."""
+    masses = law_masses(row, statistics_ptr, VOCAB, BLOCKS)
+    return total_of(strike_out(masses, row, None, 0.0, tokens_ptr, count, VOCAB, BLOCKS))
+
+
+@triton.jit
+def _offered(p, tokens_ptr, count):
+    """The mass of p on the first `count` candidates."""
+    mass = tl.full([], 0.0, tl.float64)
+    for i in range(count):
+        mass += probability(p, tl.load(tokens_ptr + i))
+    return mass
+
+
+@triton.jit
+def _after_greedy(state, p, tokens_ptr, count, total):
+    """Under "greedy" the drawn child was rejected, and what is left of p outside the `count` others has mass total.
+
+    Returns:
+        whether anything is left (else the rejection is rounding's, and p itself is left); the state that follows.
+    """
+    w, beta, _, Z, c = state
+    left = (1.0 - w) + w * _offered(p, tokens_ptr, count) + w * total
+    some = left > 0.0
+    return some, (w, tl.where(some, beta, 0.0), tl.where(some, left, 1.0), Z, c)
+
+
+@triton.jit
+def _after_offer(state, px):
+    """A sibling was offered its share and refused; returns whether something is left then, and the state."""
+    w, beta, S, Z, c = state
+    left = S - w * px
+    return left > 0.0, (w, beta, tl.where(left > 0.0, left, S), Z, c)
+
+
+@triton.jit
+def _place_of(turn, first, count, PROPOSAL: tl.constexpr):
+    """The place of the child that is tested at a turn: "greedy" tests the drawn child, the last one, first."""
+    place = turn
+    if PROPOSAL == "greedy":
+        place = tl.where(turn == 0, count, turn) - 1
+    return first + place
+
+
+@triton.jit
+def _turn_of(place, first, count, PROPOSAL: tl.constexpr):
+    """The inverse of `_place_of`."""
+    turn = place - first
+    if PROPOSAL == "greedy":
+        turn = tl.where(turn == count - 1, 0, turn + 1)
+    return turn
+
+
+@triton.jit
+def _load_frame(frame_ptr):
+    w, beta, S = tl.load(frame_ptr), tl.load(frame_ptr + 1), tl.load(frame_ptr + 2)
+    return (w, beta, S, tl.load(frame_ptr + 3), tl.load(frame_ptr + 4))
+
+
+@triton.jit
+def _store_frame(frame_ptr, state):
+    for i in tl.static_range(5):
+        tl.store(frame_ptr + i, state[i])
+
+
+@triton.jit
+def _with_beta(state, beta):
+    return (state[0], beta, state[2], state[3], state[4])
+
+
+@triton.jit
+def _with_Z(state, Z):
+    return (state[0], state[1], state[2], Z, state[4])
+
+
+@triton.jit
+def _left_masses(
+    p, q, statistics_ptr, masses_ptr, ratio, tokens_ptr, without,
+    VOCAB: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """[BLOCKS] i64: what a sweep has left of p, or p itself where the ratio is 0, outside the first candidates.
+
+    Args:
+        without: how many candidates are left out; None: none is.
+    """
+    masses = law_masses(p, statistics_ptr, VOCAB, BLOCKS)
+    if q is not None:
+        if ratio > 0.0:
+            masses = load_masses(masses_ptr, VOCAB, BLOCKS)
+    if without is not None:
+        masses = strike_out(masses, p, q, ratio, tokens_ptr, without, VOCAB, BLOCKS)
+    return masses
+
+
+# ---- the schedule "split" before its walk
+
+
+@triton.jit(do_not_specialize=["nodes"])
+def _statistics_kernel(
+    target,  # tuple: `_side`
+    draft,  # the same; of no use without HAS_DRAFT
+    parents_ptr,  # [nodes] or [batch, nodes] i32 or i64
+    links_ptr,  # [batch, 8, nodes] i32
+    statistics_ptr,  # out: [batch, nodes, 2, 2, blocks] f32
+    status_ptr,  # [batch] i32
+    parents_stride_batch,
+    sampling,  # tuple: `_sampling_triton.arguments`
+    draft_sampling,  # the same
+    nodes,
+    HAS_DRAFT: tl.constexpr,
+    VOCAB: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,  # draw blocks of a program
+):
+    """The statistics of every row that a walk may visit, unfiltered; grid (batch * nodes, chunks, sides)."""
+    request, node = tl.program_id(0) // nodes, tl.program_id(0) % nodes
+    blocks: tl.constexpr = (VOCAB + DRAW_BLOCK - 1) // DRAW_BLOCK
+    if _is_idle(target, parents_ptr + request.to(tl.int64) * parents_stride_batch, status_ptr, request, node, nodes):
+        return
+    first = tl.program_id(1) * CHUNK
+    last = tl.minimum(first + CHUNK, blocks)
+    statistics_ptr += ((request * nodes + node).to(tl.int64) * 2 + tl.program_id(2)) * 2 * blocks
+    low = float("-inf")
+    if tl.program_id(2) == 0:
+        scale, _, _, _, _ = parameters(sampling, request.to(tl.int64), VOCAB)
+        scale = tl.where(scale > 0.0, scale, 1.0)
+        store_statistics(_row_ptr(target, request, node, nodes), scale, low, statistics_ptr, first, last, VOCAB, TILE)
+    if HAS_DRAFT:
+        links_ptr += request.to(tl.int64) * _LINKS * nodes
+        if (tl.program_id(2) == 1) & (tl.load(links_ptr + nodes * _COUNT + node) > 0):
+            scale, _, _, _, _ = parameters(draft_sampling, request.to(tl.int64), VOCAB)
+            scale = tl.where(scale > 0.0, scale, 1.0)
+            store_statistics(
+                _row_ptr(draft, request, node, nodes), scale, low, statistics_ptr, first, last, VOCAB, TILE
+            )  # fmt: skip
+
+
+@triton.jit
+def _is_idle(target, parents_ptr, status_ptr, request, node, nodes):
+    """Whether the request is refused, or the node has no row."""
+    refused = tl.load(status_ptr + request) & (_BAD_TREE | _BAD_UNIFORM | _BAD_SAMPLING)
+    padding = (node > 0) & (tl.load(parents_ptr + node) == -1)
+    return (refused != 0) | padding | _is_virtual(target, request, node, nodes)
+
+
+@triton.jit(do_not_specialize=["nodes"])
+def _records_kernel(
+    target,  # tuple: `_side`
+    draft,  # the same; of no use without HAS_DRAFT
+    parents_ptr,  # [nodes] or [batch, nodes] i32 or i64
+    links_ptr,  # [batch, 8, nodes] i32
+    records_ptr,  # out: [batch, nodes, 2, 8] f64
+    statistics_ptr,  # in, out: [batch, nodes, 2, 2, blocks] f32; out: of what the filters keep
+    status_ptr,  # [batch] i32
+    parents_stride_batch,
+    sampling,  # tuple: `_sampling_triton.arguments`
+    draft_sampling,  # the same
+    nodes,
+    PROPOSAL: tl.constexpr,
+    HAS_DRAFT: tl.constexpr,
+    TARGET_FILTERS: tl.constexpr,
+    DRAFT_FILTERS: tl.constexpr,
+    VOCAB: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """The records of those rows; grid (batch * nodes, sides)."""
+    request, node = tl.program_id(0) // nodes, tl.program_id(0) % nodes
+    blocks: tl.constexpr = (VOCAB + DRAW_BLOCK - 1) // DRAW_BLOCK
+    if _is_idle(target, parents_ptr + request.to(tl.int64) * parents_stride_batch, status_ptr, request, node, nodes):
+        return
+    row = (request * nodes + node).to(tl.int64) * 2 + tl.program_id(1)
+    record_ptr, statistics_ptr = records_ptr + row * _RECORD, statistics_ptr + row * 2 * blocks
+    if tl.program_id(1) == 0:
+        _measure(
+            _row_ptr(target, request, node, nodes), sampling, request, record_ptr, statistics_ptr, None, 0,
+            TARGET_FILTERS, True, VOCAB, TILE, BLOCKS,
+        )  # fmt: skip
+    if HAS_DRAFT:
+        links_ptr += request.to(tl.int64) * _LINKS * nodes
+        count = tl.load(links_ptr + nodes * _COUNT + node)
+        if (tl.program_id(1) == 1) & (count > 0):
+            tokens_ptr = links_ptr + nodes * _CANDIDATE + tl.load(links_ptr + nodes * _FIRST + node)
+            _measure(
+                _row_ptr(draft, request, node, nodes), draft_sampling, request, record_ptr, statistics_ptr,
+                tokens_ptr if PROPOSAL == "greedy" else None, count - 1,
+                DRAFT_FILTERS, True, VOCAB, TILE, BLOCKS,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["nodes", "wave"])
+def _sweep_kernel(
+    target,  # tuple: `_side`
+    draft,  # tuple
+    parents_ptr,  # [nodes] or [batch, nodes] i32 or i64
+    links_ptr,  # in, out: [batch, 8, nodes] i32
+    records_ptr,  # [batch, nodes, 2, 8] f64
+    statistics_ptr,  # [batch, nodes, 2, 2, blocks] f32
+    masses_ptr,  # in, out: [batch, nodes, blocks] i64
+    frames_ptr,  # in, out: [batch, nodes, 8] f64
+    status_ptr,  # [batch] i32
+    parents_stride_batch,
+    nodes,
+    wave,
+    PROPOSAL: tl.constexpr,
+    RULE: tl.constexpr,
+    VOCAB: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr,  # draw blocks of a program
+):
+    """Sweep after the rejection of every node of a wave; grid (batch * nodes, chunks).
+
+    The state in which a node is tested follows from its elder sibling's frame and masses, of an earlier wave. The child
+    that is tested first has no elder: then the way goes up to an ancestor that has one, or to a child of the root, and
+    down again from first child to first child.
+    """
+    request, node = tl.program_id(0) // nodes, tl.program_id(0) % nodes
+    parents_ptr += request.to(tl.int64) * parents_stride_batch
+    links_ptr += request.to(tl.int64) * _LINKS * nodes
+    refused = tl.load(status_ptr + request) & (_BAD_TREE | _BAD_UNIFORM | _BAD_SAMPLING)
+    above = tl.load(parents_ptr + node).to(tl.int32)
+    if (refused != 0) | (above < 0) | (tl.load(links_ptr + nodes * _WAVE + node) != wave):
+        return
+    blocks: tl.constexpr = (VOCAB + DRAW_BLOCK - 1) // DRAW_BLOCK
+    records_ptr += request.to(tl.int64) * nodes * 2 * _RECORD
+    statistics_ptr += request.to(tl.int64) * nodes * 4 * blocks
+    masses_ptr += request.to(tl.int64) * nodes * blocks
+    frames_ptr += request.to(tl.int64) * nodes * _FRAME
+    at = node
+    first, count = tl.load(links_ptr + nodes * _FIRST + above), tl.load(links_ptr + nodes * _COUNT + above)
+    turn = _turn_of(tl.load(links_ptr + nodes * _PLACE + at), first, count, PROPOSAL)
+    alive = count > 0
+    if PROPOSAL == "greedy":
+        alive = alive & (turn == 0)  # the others' rejections need no sweep
+    if RULE == "traversal":
+        while alive & (turn == 0) & (above > 0):
+            at = above
+            above = tl.load(parents_ptr + at).to(tl.int32)
+            first, count = tl.load(links_ptr + nodes * _FIRST + above), tl.load(links_ptr + nodes * _COUNT + above)
+            turn = _turn_of(tl.load(links_ptr + nodes * _PLACE + at), first, count, PROPOSAL)
+            alive = count > 0
+    if not alive:
+        return
+
+    p, q = _load_rows(target, draft, records_ptr, request, above, nodes)
+    inverse_mass_ptr = records_ptr + _RECORD + _INVERSE_MASS
+    tokens_ptr = links_ptr + nodes * _CANDIDATE + first
+    p_statistics_ptr = statistics_ptr + above * 4 * blocks
+    state = _entered(tl.full([], 1.0, tl.float64))
+    if PROPOSAL == "greedy":
+        if (RULE == "recursive") | (turn == 0):
+            state = _with_beta(state, tl.load(inverse_mass_ptr + above * 2 * _RECORD))
+        else:
+            drawn = tl.load(links_ptr + nodes * _NODE + first + count - 1)
+            state = _load_frame(frames_ptr + drawn * _FRAME)
+            masses = _left_masses(
+                p, q, p_statistics_ptr, masses_ptr + drawn * blocks, _ratio(state[0], state[1]), tokens_ptr,
+                count - 1, VOCAB, BLOCKS,
+            )  # fmt: skip
+            _, state = _after_greedy(state, p, tokens_ptr, count - 1, total_of(masses))
+            for i in range(turn - 1):
+                _, state = _after_offer(state, probability(p, tl.load(tokens_ptr + i)))
+    elif turn > 0:
+        elder = tl.load(links_ptr + nodes * _NODE + first + turn - 1)
+        x = tl.load(tokens_ptr + turn - 1)
+        state = _load_frame(frames_ptr + elder * _FRAME)
+        if x >= 0:
+            total = total_of(load_masses(masses_ptr + elder * blocks, VOCAB, BLOCKS))
+            counts, state = _after_drawn(state, total, probability(q, x), RULE, PROPOSAL == "with_replacement")
+            if counts:
+                if PROPOSAL == "without_replacement":
+                    if state[3] < _SMALL_DRAFT_MASS:
+                        q_statistics_ptr = p_statistics_ptr + blocks * 2
+                        tried_ptr = links_ptr + nodes * _TRIED + first
+                        state = _with_Z(state, _mass_outside(q, q_statistics_ptr, tried_ptr, turn, VOCAB, BLOCKS))
+            elif tl.program_id(1) == 0:
+                tl.store(links_ptr + nodes * _TRIED + first + turn - 1, _MISSING)
+
+    if RULE == "traversal":
+        while alive & (at != node):
+            x = tl.load(links_ptr + nodes * _CANDIDATE + tl.load(links_ptr + nodes * _PLACE + at))
+            above_p, above_q = _load_rows(target, draft, records_ptr, request, above, nodes)
+            scale, mass = _offer(state, probability(above_p, x), probability(above_q, x), turn == 0, PROPOSAL, RULE)
+            state = _entered(tl.where(x >= 0, _share(scale, mass), 0.0))
+            alive = state[0] > 0.0
+            above, turn = at, turn * 0
+            first, count = tl.load(links_ptr + nodes * _FIRST + above), tl.load(links_ptr + nodes * _COUNT + above)
+            at = tl.load(links_ptr + nodes * _NODE + _place_of(turn, first, count, PROPOSAL))
+            if PROPOSAL == "greedy":
+                state = _with_beta(state, tl.load(inverse_mass_ptr + above * 2 * _RECORD))
+
+    if tl.program_id(1) == 0:
+        _store_frame(frames_ptr + node * _FRAME, state)
+    if PROPOSAL == "greedy":
+        ratio = _ratio(state[0], state[1])
+        wanted = (state[0] > 0.0) & (ratio > 0.0)
+    else:
+        x = tl.load(links_ptr + nodes * _CANDIDATE + tl.load(links_ptr + nodes * _PLACE + node))
+        ratio = _ratio(state[0], _next_beta(state, RULE))
+        wanted = (state[0] > 0.0) & (state[3] > 0.0) & (x >= 0)
+    if wanted:
+        start = tl.program_id(1) * CHUNK
+        last = tl.minimum(start + CHUNK, blocks)
+        p, q = _load_rows(target, draft, records_ptr, request, tl.load(parents_ptr + node).to(tl.int32), nodes)
+        store_masses(p, q, ratio, masses_ptr + node * blocks, start, last, VOCAB, TILE)
+
+
+# ---- the walk
+
+
+@triton.jit
 def _emit(
-    node, depth, token, bits, request, parents_ptr, links_ptr, path_ptr, length_ptr, emitted_ptr, status_ptr,
-    nodes, width,
+    node, depth, token, bits, request, parents_ptr, tokens_ptr, path_ptr, length_ptr, emitted_ptr, status_ptr, width
 ):  # fmt: skip
     """Write a request's answer: the path down to `node`, and the last token."""
     out = request.to(tl.int64) * width
@@ -504,515 +711,273 @@ def _emit(
     tl.store(status_ptr + request, tl.load(status_ptr + request) | bits)
     while depth > 0:
         tl.store(path_ptr + out + depth, node)
-        tl.store(emitted_ptr + out + depth - 1, tl.load(links_ptr + nodes * _CANDIDATE + node).to(tl.int64))
+        tl.store(emitted_ptr + out + depth - 1, tl.load(tokens_ptr + node).to(tl.int64))
         node = tl.load(parents_ptr + node).to(tl.int32)
         depth -= 1
 
 
-@triton.jit
-def _is_virtual(target_rows_ptr, request, node, nodes):
-    if target_rows_ptr is None:
-        virtual = node < 0
-    else:
-        virtual = tl.load(target_rows_ptr + request.to(tl.int64) * nodes + node) < 0
-    return virtual
-
-
-# ---- rule `recursive`
-
-
-@triton.jit
-def _test_drawn(
-    p_row_ptr, p_law, q_row_ptr, q_law, masses_ptr, links_ptr, uniforms_ptr, nodes, first,
-    REPLACED: tl.constexpr, VOCAB: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """Proposals with and without replacement.
-
-    Returns:
-        the accepted child or -1; beta; the beta whose masses are in memory, or -1; their total.
-    """
-    one = tl.cast(1.0, tl.float64)
-    beta, S, Z, held, total = one * 0, one, one, -one, one * 0
-    chosen = first * 0 - 1
-    child = first
-    while (child >= 0) & (chosen < 0):
-        x = tl.load(links_ptr + nodes * _CANDIDATE + child)
-        following = tl.load(links_ptr + nodes * _NEXT + child)
-        if x >= 0:
-            px = _probability(p_row_ptr, p_law, x)
-            qx = _probability(q_row_ptr, q_law, x)
-            u = tl.load(uniforms_ptr + child).to(tl.float64)
-            if u * qx * S < tl.maximum(px - beta * qx, 0.0) * Z:
-                chosen = child
-            else:
-                next_beta = beta + S / Z
-                total = _masses(
-                    p_row_ptr, p_law, q_row_ptr, q_law, masses_ptr, links_ptr, nodes,
-                    next_beta.to(tl.float32), None, None, False, True, VOCAB, TILE, BLOCKS,
-                )  # fmt: skip
-                held = next_beta
-                if total <= 0.0:  # rounding, or a token that cannot have been drawn
-                    if px > 0.0:
-                        chosen = child
-                    else:
-                        tl.store(links_ptr + nodes * _CANDIDATE + child, _MISSING)
-                else:
-                    beta, S = next_beta, total
-                    if not REPLACED:
-                        Z -= qx
-                        if (Z < _SMALL_DRAFT_MASS) & (following >= 0):
-                            Z = _masses(
-                                p_row_ptr, p_law, q_row_ptr, q_law, masses_ptr, links_ptr, nodes, 0.0,
-                                first, following, True, True, VOCAB, TILE, BLOCKS,
-                            )  # fmt: skip
-                            held = -one
-                            following = tl.where(Z > 0.0, following, -1)
-        child = following
-    return chosen, beta, held, total
-
-
-@triton.jit
-def _spend(p_row_ptr, p_law, links_ptr, uniforms_ptr, nodes, child, end, left, tested):
-    """Offer each candidate from `child` up to `end` its share of what is `left`; a refused share is gone.
-
-    Returns:
-        the accepted child or -1; the last one tested that the target allows, or -1.
-    """
-    chosen = child * 0 - 1
-    while (child != end) & (chosen < 0):
-        x = tl.load(links_ptr + nodes * _CANDIDATE + child)
-        if x >= 0:
-            share = _probability(p_row_ptr, p_law, x)
-            if tl.load(uniforms_ptr + child).to(tl.float64) * left < share:
-                chosen = child
-            elif share > 0.0:
-                tested = child
-                if left - share <= 0.0:
-                    chosen = child
-                left -= share
-        child = tl.load(links_ptr + nodes * _NEXT + child)
-    return chosen, tested
-
-
-@triton.jit
-def _offered(p_row_ptr, p_law, links_ptr, nodes, first, end):
-    """The mass of p on the candidates from `first` up to `end`."""
-    mass = tl.cast(0.0, tl.float64)
-    child = first
-    while child != end:
-        mass += _probability(p_row_ptr, p_law, tl.load(links_ptr + nodes * _CANDIDATE + child))
-        child = tl.load(links_ptr + nodes * _NEXT + child)
-    return mass
-
-
-@triton.jit
-def _inverse_mass(
-    p_row_ptr, p_law, q_row_ptr, q_law, masses_ptr, links_ptr, nodes, first, last,
-    VOCAB: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """1 / (mass of q outside the siblings before `last`), 0 where nothing is left to draw."""
-    mass = tl.cast(1.0, tl.float64)
-    if first != last:
-        mass = _masses(
-            p_row_ptr, p_law, q_row_ptr, q_law, masses_ptr, links_ptr, nodes, 0.0, first, last,
-            True, True, VOCAB, TILE, BLOCKS,
-        )  # fmt: skip
-    return tl.where(mass > 0.0, 1.0 / tl.where(mass > 0.0, mass, 1.0), 0.0)
-
-
-@triton.jit
-def _test_greedy(
-    p_row_ptr, p_law, q_row_ptr, q_law, masses_ptr, links_ptr, uniforms_ptr, nodes, first, last,
-    VOCAB: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """Proposal "greedy": the drawn child, which is the last one, and then the most probable ones.
-
-    Returns:
-        as `_test_drawn`, and the last child tested that the target allows, or -1.
-    """
-    one = tl.cast(1.0, tl.float64)
-    beta, held, total = one * 0, -one, one * 0
-    chosen = first * 0 - 1
-    tested = chosen
-    if first >= 0:
-        x = tl.load(links_ptr + nodes * _CANDIDATE + last)
-        if x != _MISSING:
-            beta = _inverse_mass(
-                p_row_ptr, p_law, q_row_ptr, q_law, masses_ptr, links_ptr, nodes, first, last, VOCAB, TILE, BLOCKS
-            )
-        if x >= 0:
-            px = _probability(p_row_ptr, p_law, x)
-            u = tl.load(uniforms_ptr + last).to(tl.float64)
-            if u * _probability(q_row_ptr, q_law, x) * beta < px:
-                chosen = last
-            elif px > 0.0:
-                tested = last
-        if chosen < 0:
-            total = _masses(
-                p_row_ptr, p_law, q_row_ptr, q_law, masses_ptr, links_ptr, nodes, beta.to(tl.float32),
-                first, last, False, True, VOCAB, TILE, BLOCKS,
-            )  # fmt: skip
-            held = beta
-            left = _offered(p_row_ptr, p_law, links_ptr, nodes, first, last) + total
-            if left <= 0.0:
-                if tested >= 0:
-                    chosen = tested
-                beta, left = one * 0, one
-            if chosen < 0:
-                chosen, tested = _spend(p_row_ptr, p_law, links_ptr, uniforms_ptr, nodes, first, last, left, tested)
-    return chosen, beta, held, total, tested
-
-
-@triton.jit
-def _recursive_kernel(
-    target_logits_ptr,  # [batch, nodes, vocab] or [rows, vocab] f16, bf16 or f32
-    draft_logits_ptr,  # the same, or None
-    target_rows_ptr,  # [batch, nodes] i32 or i64, or None
-    draft_rows_ptr,  # [batch, nodes] i32 or i64, or None
+@triton.jit(do_not_specialize=["nodes", "width", "waves"])
+def _walk_kernel(
+    target,  # tuple: `_side`
+    draft,  # the same; of no use without HAS_DRAFT
+    tokens_ptr,  # [batch, nodes] i32 or i64
     parents_ptr,  # [nodes] or [batch, nodes] i32 or i64
     uniforms_ptr,  # [batch, nodes + 2] f32
-    links_ptr,  # [batch, 4, nodes] i32
-    settings_ptr,  # [batch, 2, 4] f64
-    records_ptr,  # scratch: [batch, nodes, 2, 8] f64
-    masses_ptr,  # scratch: [batch, blocks] i64
-    path_ptr,  # out: [batch, width] i32
-    length_ptr,  # out: [batch] i32
-    emitted_ptr,  # out: [batch, width] i64
-    status_ptr,  # in, out: [batch] i32
-    target_stride_batch,
-    target_stride_row,
-    draft_stride_batch,
-    draft_stride_row,
-    parents_stride_batch,
-    nodes,
-    width,
-    PROPOSAL: tl.constexpr,
-    HAS_DRAFT: tl.constexpr,
-    TARGET_FILTERS: tl.constexpr,
-    DRAFT_FILTERS: tl.constexpr,
-    VOCAB: tl.constexpr,
-    TILE: tl.constexpr,  # draw blocks at once
-    BLOCKS: tl.constexpr,  # draw blocks of a row, rounded up to a power of two
-):
-    """Rule `recursive`, one program a request; grid (batch,)."""
-    request = tl.program_id(0)
-    refused = tl.load(status_ptr + request) & (_BAD_TREE | _BAD_UNIFORM | _BAD_SAMPLING)
-    if refused != 0:
-        return
-    parents_ptr += request.to(tl.int64) * parents_stride_batch
-    uniforms_ptr += request.to(tl.int64) * (nodes + 2)
-    links_ptr += request.to(tl.int64) * _LINKS * nodes
-    settings_ptr += request.to(tl.int64) * _SETTINGS
-    records_ptr += request.to(tl.int64) * nodes * 2 * _RECORD
-    masses_ptr += request.to(tl.int64) * tl.cdiv(VOCAB, _BLOCK)
-    u_block, u_place = tl.load(uniforms_ptr + nodes), tl.load(uniforms_ptr + nodes + 1)
-    node, depth, bits, token = refused, refused, refused, refused
-    walking = refused == 0
-    while walking:
-        first = tl.where(depth < width - 1, tl.load(links_ptr + nodes * _FIRST + node), -1)
-        last = tl.load(links_ptr + nodes * _LAST + node)
-        record_ptr = records_ptr + node * 2 * _RECORD
-        p_row_ptr = _row(
-            target_logits_ptr, target_rows_ptr, request, node, nodes, target_stride_batch, target_stride_row
-        )
-        bits = _measure(p_row_ptr, settings_ptr, record_ptr, TARGET_FILTERS, VOCAB, TILE)
-        p_law = _record(record_ptr, bits == 0)
-        q_row_ptr, q_law = p_row_ptr, p_law
-        if HAS_DRAFT:
-            q_row_ptr = _row(
-                draft_logits_ptr, draft_rows_ptr, request, node, nodes, draft_stride_batch, draft_stride_row
-            )
-            inner = (bits == 0) & (first >= 0)
-            if inner:
-                bits = _measure(q_row_ptr, settings_ptr + 4, record_ptr + _RECORD, DRAFT_FILTERS, VOCAB, TILE)
-            q_law = _record(record_ptr + _RECORD, inner & (bits == 0))
-        if bits != 0:
-            token = node * 0 + _PLACEHOLDER
-            walking = walking == 0
-        else:
-            # the final draw leaves out the siblings from `without` to `end`
-            if PROPOSAL == "point":
-                without, end = first, first * 0 - 1
-                left = tl.cast(1.0, tl.float64)
-                chosen, tested = _spend(p_row_ptr, p_law, links_ptr, uniforms_ptr, nodes, first, -1, left, end)
-                beta = tl.cast(0.0, tl.float64)
-                held, total = beta - 1, beta
-            elif PROPOSAL == "greedy":
-                without, end = first, tl.where(first >= 0, last, -1)
-                chosen, beta, held, total, tested = _test_greedy(
-                    p_row_ptr, p_law, q_row_ptr, q_law, masses_ptr, links_ptr, uniforms_ptr, nodes, first, last,
-                    VOCAB, TILE, BLOCKS,
-                )  # fmt: skip
-            else:
-                without, end = None, None
-                chosen, beta, held, total = _test_drawn(
-                    p_row_ptr, p_law, q_row_ptr, q_law, masses_ptr, links_ptr, uniforms_ptr, nodes, first,
-                    PROPOSAL == "with_replacement", VOCAB, TILE, BLOCKS,
-                )  # fmt: skip
-                tested = first * 0 - 1
-            ratio = beta.to(tl.float32)
-            if (chosen < 0) & (held != beta):
-                total = _masses(
-                    p_row_ptr, p_law, q_row_ptr, q_law, masses_ptr, links_ptr, nodes, ratio, without, end,
-                    False, HAS_DRAFT, VOCAB, TILE, BLOCKS,
-                )  # fmt: skip
-            if (chosen < 0) & (total <= 0.0):
-                chosen = tested
-            if chosen < 0:
-                token = _draw(
-                    p_row_ptr, p_law, q_row_ptr, q_law, masses_ptr, links_ptr, nodes, ratio, without, end,
-                    u_block, u_place, HAS_DRAFT, VOCAB, BLOCKS,
-                )  # fmt: skip
-                walking = walking == 0
-            elif _is_virtual(target_rows_ptr, request, chosen, nodes):
-                token = tl.load(links_ptr + nodes * _CANDIDATE + chosen)
-                walking = walking == 0
-            else:
-                node = chosen
-                depth += 1
-    _emit(
-        node, depth, token, bits, request, parents_ptr, links_ptr, path_ptr, length_ptr, emitted_ptr, status_ptr,
-        nodes, width,
-    )  # fmt: skip
-
-
-# ---- rule `traversal`
-
-
-@triton.jit
-def _traversal_kernel(
-    target_logits_ptr,  # [batch, nodes, vocab] or [rows, vocab] f16, bf16 or f32
-    draft_logits_ptr,  # the same, or None
-    target_rows_ptr,  # [batch, nodes] i32 or i64, or None
-    draft_rows_ptr,  # [batch, nodes] i32 or i64, or None
-    parents_ptr,  # [nodes] or [batch, nodes] i32 or i64
-    uniforms_ptr,  # [batch, nodes + 2] f32
-    links_ptr,  # [batch, 4, nodes] i32
-    settings_ptr,  # [batch, 2, 4] f64
-    records_ptr,  # scratch: [batch, nodes, 2, 8] f64
-    masses_ptr,  # scratch: [batch, blocks] i64
+    links_ptr,  # in, out: [batch, 8, nodes] i32
+    records_ptr,  # [batch, nodes, 2, 8] f64; SPLIT: in, else scratch; so are the next two
+    statistics_ptr,  # [batch, nodes, 2, 2, blocks] f32
+    masses_ptr,  # [batch, nodes, blocks] i64
     frames_ptr,  # scratch: [batch, nodes, 8] f64
     path_ptr,  # out: [batch, width] i32
     length_ptr,  # out: [batch] i32
     emitted_ptr,  # out: [batch, width] i64
     status_ptr,  # in, out: [batch] i32
-    target_stride_batch,
-    target_stride_row,
-    draft_stride_batch,
-    draft_stride_row,
     parents_stride_batch,
+    sampling,  # tuple: `_sampling_triton.arguments`
+    draft_sampling,  # the same
     nodes,
     width,
+    waves,  # SPLIT: the first so many are done
     PROPOSAL: tl.constexpr,
+    RULE: tl.constexpr,
+    SPLIT: tl.constexpr,
     HAS_DRAFT: tl.constexpr,
     TARGET_FILTERS: tl.constexpr,
     DRAFT_FILTERS: tl.constexpr,
     VOCAB: tl.constexpr,
-    TILE: tl.constexpr,  # draw blocks at once
-    BLOCKS: tl.constexpr,  # draw blocks of a row, rounded up to a power of two
+    TILE: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
-    """Rule `traversal`, one program a request; grid (batch,).
+    """One program a request; grid (batch,).
 
-    The tree is its own stack: a node that fails goes back to its parent, whose scalars wait in its frame and whose rows
-    need not be measured again. Of a node: w, beta, Z and c as in `docs/algorithm.md`; kappa is `left` where siblings
-    are offered shares ("point", "greedy"); `child` is under test.
+    The tree is its own stack: under `traversal` a node that fails goes back to its parent, whose scalars wait in the
+    node's frame. `turn` counts the node's children under test; `swept` is the child whose sweep the masses are from of
+    what is left of p, or -1: p itself is left; `tested` is the last child that the target allows, or -1.
     """
-    OFFERS: tl.constexpr = (PROPOSAL == "point") | (PROPOSAL == "greedy")
+    OFFERS: tl.constexpr = PROPOSAL == "point" or PROPOSAL == "greedy"
+    blocks: tl.constexpr = (VOCAB + DRAW_BLOCK - 1) // DRAW_BLOCK
     request = tl.program_id(0)
     refused = tl.load(status_ptr + request) & (_BAD_TREE | _BAD_UNIFORM | _BAD_SAMPLING)
     if refused != 0:
         return
+    tokens_ptr += request.to(tl.int64) * nodes
     parents_ptr += request.to(tl.int64) * parents_stride_batch
     uniforms_ptr += request.to(tl.int64) * (nodes + 2)
     links_ptr += request.to(tl.int64) * _LINKS * nodes
-    settings_ptr += request.to(tl.int64) * _SETTINGS
     records_ptr += request.to(tl.int64) * nodes * 2 * _RECORD
-    masses_ptr += request.to(tl.int64) * tl.cdiv(VOCAB, _BLOCK)
+    statistics_ptr += request.to(tl.int64) * nodes * 4 * blocks
+    masses_ptr += request.to(tl.int64) * nodes * blocks
     frames_ptr += request.to(tl.int64) * nodes * _FRAME
-    one = tl.cast(1.0, tl.float64)
-    u_block, u_place = tl.load(uniforms_ptr + nodes), tl.load(uniforms_ptr + nodes + 1)
+
     node, depth, bits, token = refused, refused, refused, refused
-    child, tested = node - 1, node - 1
-    w, beta, kappa, Z, c = one, one * 0, one, one, one
-    held, total = -one, one * 0  # whose masses are in memory
-    state = node + _ENTER
-    while state != _DONE:
-        first = tl.where(depth < width - 1, tl.load(links_ptr + nodes * _FIRST + node), -1)
-        last = tl.load(links_ptr + nodes * _LAST + node)
+    turn, swept, tested = refused, refused - 1, refused - 1
+    scalars = _entered(tl.full([], 1.0, tl.float64))
+    phase = refused + _ENTER
+    while phase != _DONE:
+        first = tl.load(links_ptr + nodes * _FIRST + node)
+        count = tl.where(depth < width - 1, tl.load(links_ptr + nodes * _COUNT + node), 0)
+        candidates_ptr = links_ptr + nodes * _CANDIDATE + first
         record_ptr = records_ptr + node * 2 * _RECORD
-        p_row_ptr = _row(
-            target_logits_ptr, target_rows_ptr, request, node, nodes, target_stride_batch, target_stride_row
-        )
+        p_statistics_ptr = statistics_ptr + node * 4 * blocks
+        q_statistics_ptr = p_statistics_ptr + blocks * 2
+        p_row_ptr = _row_ptr(target, request, node, nodes)
         q_row_ptr = p_row_ptr
         if HAS_DRAFT:
-            q_row_ptr = _row(
-                draft_logits_ptr, draft_rows_ptr, request, node, nodes, draft_stride_batch, draft_stride_row
-            )
-        if state == _ENTER:
-            bits = _measure(p_row_ptr, settings_ptr, record_ptr, TARGET_FILTERS, VOCAB, TILE)
-            if HAS_DRAFT:
-                if (bits == 0) & (first >= 0):
-                    bits = _measure(q_row_ptr, settings_ptr + 4, record_ptr + _RECORD, DRAFT_FILTERS, VOCAB, TILE)
-        p_law = _record(record_ptr, bits == 0)
-        q_law = p_law
-        if HAS_DRAFT:
-            q_law = _record(record_ptr + _RECORD, (bits == 0) & (first >= 0))
-        # the final draw leaves out the siblings from `without` to `end`
-        if PROPOSAL == "point":
-            without, end = first, first * 0 - 1
-        elif PROPOSAL == "greedy":
-            without, end = first, tl.where(first >= 0, last, -1)
-        else:
-            without, end = None, None
+            q_row_ptr = _row_ptr(draft, request, node, nodes)
 
-        if state == _ENTER:
-            beta, kappa, Z, c, held = one * 0, one, one, w, -one
-            child, tested = first, first * 0 - 1
-            if PROPOSAL == "greedy":
-                child = end
-            state = node * 0 + _TEST
-            if bits != 0:
-                # nothing is accepted before a node has stopped
-                node, depth, token = node * 0, depth * 0, node * 0 + _PLACEHOLDER
-                state = node * 0 + _DONE
-            elif PROPOSAL == "greedy":
-                if first >= 0:
-                    if tl.load(links_ptr + nodes * _CANDIDATE + last) != _MISSING:
-                        beta = _inverse_mass(
-                            p_row_ptr, p_law, q_row_ptr, q_law, masses_ptr, links_ptr, nodes, first, last,
-                            VOCAB, TILE, BLOCKS,
-                        )  # fmt: skip
-
-        x = node * 0 - 1
-        px, qx = one * 0, one * 0
-        if ((state == _TEST) | (state == _REJECTED)) & (child >= 0):
-            x = tl.load(links_ptr + nodes * _CANDIDATE + child)
-            px = _probability(p_row_ptr, p_law, x)
-            if HAS_DRAFT:
-                qx = _probability(q_row_ptr, q_law, x)
-
-        if state == _TEST:
-            if child < 0:
-                state = node * 0 + _STOP
-            elif x < 0:
-                state = node * 0 + _REJECTED
+        if phase == _ENTER:
+            if SPLIT:
+                bits = tl.load(record_ptr + _BITS).to(tl.int32)
+                if HAS_DRAFT:
+                    draft_bits = tl.load(record_ptr + _RECORD + _BITS, mask=count > 0, other=0.0).to(tl.int32)
+                    bits = tl.where(bits == 0, draft_bits, bits)
             else:
-                if PROPOSAL == "point":
-                    scale, mass = kappa, w * px
-                elif PROPOSAL == "greedy":
-                    scale, mass = tl.where(child == last, qx * beta, kappa), w * px
-                else:
-                    scale, mass = qx, kappa * tl.maximum(w * px - beta * qx, 0.0) * Z
-                state = node * 0 + _REJECTED
-                if mass > scale * _NO_WEIGHT:
-                    share = tl.where(mass >= scale, 1.0, mass / tl.where(scale > 0.0, scale, 1.0))
-                    if _is_virtual(target_rows_ptr, request, child, nodes):
-                        if tl.load(uniforms_ptr + child).to(tl.float64) < share:
-                            token = x
-                            state = node * 0 + _DONE
-                    else:
-                        frame_ptr = frames_ptr + node * _FRAME
-                        tl.store(frame_ptr, w)
-                        tl.store(frame_ptr + 1, beta)
-                        tl.store(frame_ptr + 2, kappa)
-                        tl.store(frame_ptr + 3, Z)
-                        tl.store(frame_ptr + 4, c)
-                        tl.store(frame_ptr + 5, tested.to(tl.float64))
-                        node = child
-                        depth += 1
-                        w = share
-                        state = node * 0 + _ENTER
-
-        if state == _REJECTED:
-            following = tl.load(links_ptr + nodes * _NEXT + child)
-            if OFFERS:
-                if px > 0.0:
-                    tested = child
-                drawn = child < 0
-                if PROPOSAL == "greedy":
-                    drawn = child == last
-                    following = tl.where(following == last, -1, following)
-                if drawn:
-                    if HAS_DRAFT:
-                        total = _masses(
-                            p_row_ptr, p_law, q_row_ptr, q_law, masses_ptr, links_ptr, nodes,
-                            (beta / w).to(tl.float32), without, end, False, HAS_DRAFT, VOCAB, TILE, BLOCKS,
-                        )  # fmt: skip
-                        held = beta
-                        kappa = (1.0 - w) + w * _offered(p_row_ptr, p_law, links_ptr, nodes, first, last) + w * total
-                        if kappa <= 0.0:
-                            beta, kappa = one * 0, one
-                        following = tl.where(first == last, -1, first)
-                elif kappa - w * px > 0.0:
-                    kappa -= w * px
-            elif x >= 0:
-                next_beta = beta + 1.0 / (kappa * Z)
-                total = _masses(
-                    p_row_ptr, p_law, q_row_ptr, q_law, masses_ptr, links_ptr, nodes,
-                    (next_beta / w).to(tl.float32), None, None, False, HAS_DRAFT, VOCAB, TILE, BLOCKS,
+                bits = _measure(
+                    p_row_ptr, sampling, request, record_ptr, p_statistics_ptr, None, 0,
+                    TARGET_FILTERS, False, VOCAB, TILE, BLOCKS,
                 )  # fmt: skip
-                held = next_beta
-                s = kappa * w * total
-                rest = s + (1.0 - c)  # in this order a small s survives where c is 1
-                if rest <= 0.0:  # w = 1 and nothing is left: rounding
-                    tl.store(links_ptr + nodes * _CANDIDATE + child, _MISSING)
-                else:
-                    beta, kappa, c = next_beta, kappa / rest, s / rest
-                    if PROPOSAL == "without_replacement":
-                        Z -= qx
-                        if (Z < _SMALL_DRAFT_MASS) & (following >= 0):
-                            Z = _masses(
-                                p_row_ptr, p_law, q_row_ptr, q_law, masses_ptr, links_ptr, nodes, 0.0,
-                                first, following, True, HAS_DRAFT, VOCAB, TILE, BLOCKS,
-                            )  # fmt: skip
-                            held = -one
-                            following = tl.where(Z > 0.0, following, -1)
-            child = following
-            state = node * 0 + _TEST
+                if HAS_DRAFT:
+                    if (bits == 0) & (count > 0):
+                        bits = _measure(
+                            q_row_ptr, draft_sampling, request, record_ptr + _RECORD, q_statistics_ptr,
+                            candidates_ptr if PROPOSAL == "greedy" else None, count - 1,
+                            DRAFT_FILTERS, False, VOCAB, TILE, BLOCKS,
+                        )  # fmt: skip
+            scalars = _entered(scalars[0])
+            turn, swept, tested = turn * 0, turn * 0 - 1, turn * 0 - 1
+            if PROPOSAL == "greedy":
+                scalars = _with_beta(
+                    scalars, tl.load(record_ptr + _RECORD + _INVERSE_MASS, mask=(bits == 0) & (count > 0), other=0.0)
+                )
+            phase = turn + _TEST
+            if bits != 0:
+                token = turn + _PLACEHOLDER
+                phase = turn + _DONE
+                if RULE == "traversal":  # nothing is accepted before a node has stopped
+                    node, depth = turn, turn
+        p = _load_row(p_row_ptr, record_ptr, bits == 0)
+        q = None
+        if HAS_DRAFT:
+            q = _load_row(q_row_ptr, record_ptr + _RECORD, (bits == 0) & (count > 0))
+        # the final draw leaves out the siblings that were offered a share
+        without = None
+        if PROPOSAL == "point":
+            without = count
+        if PROPOSAL == "greedy":
+            without = tl.maximum(count - 1, 0)
 
-        if state == _STOP:
-            must = depth == 0
+        child, x = turn * 0 - 1, turn * 0 - 1
+        px, qx = scalars[0] * 0.0, scalars[0] * 0.0
+        if ((phase == _TEST) | (phase == _REJECTED)) & (turn < count):
+            place = _place_of(turn, first, count, PROPOSAL)
+            child = tl.load(links_ptr + nodes * _NODE + place)
+            x = tl.load(links_ptr + nodes * _CANDIDATE + place)
+            px = probability(p, x)
+            if HAS_DRAFT:
+                qx = probability(q, x)
+        chosen, weight = turn * 0 - 1, scalars[0]
+
+        if phase == _TEST:
+            phase = turn * 0 + _REJECTED
+            if turn >= count:
+                phase = turn * 0 + _STOP
+            elif x >= 0:
+                scale, mass = _offer(scalars, px, qx, turn == 0, PROPOSAL, RULE)
+                u = tl.load(uniforms_ptr + child).to(tl.float64)
+                if RULE == "recursive":
+                    if u * scale < mass:
+                        chosen = child
+                else:
+                    weight = _share(scale, mass)
+                    if (weight > 0.0) & ((_is_virtual(target, request, child, nodes) == 0) | (u < weight)):
+                        chosen = child
+
+        if (phase == _REJECTED) & (chosen < 0):
+            following = turn + 1
+            if OFFERS:
+                tested = tl.where(px > 0.0, child, tested)
+            if PROPOSAL == "point":
+                some, scalars = _after_offer(scalars, px)
+                if RULE == "recursive":
+                    if (some == 0) & (px > 0.0):
+                        chosen = child
+            else:
+                # one sweep, for a drawn child
+                beta = scalars[1]
+                wanted = x >= 0
+                if PROPOSAL == "greedy":
+                    wanted = (turn == 0) & (beta > 0.0)
+                else:
+                    beta = _next_beta(scalars, RULE)
+                ratio = tl.where(wanted, _ratio(scalars[0], beta), 0.0)
+                if SPLIT:
+                    wanted = wanted & (tl.load(links_ptr + nodes * _WAVE + child) >= waves)
+                if wanted & (ratio > 0.0):
+                    store_masses(p, q, ratio, masses_ptr + child * blocks, 0, blocks, VOCAB, TILE)
+                    tl.debug_barrier()
+                if PROPOSAL == "greedy":
+                    if turn == 0:
+                        masses = _left_masses(
+                            p, q, p_statistics_ptr, masses_ptr + child * blocks, ratio, candidates_ptr, without,
+                            VOCAB, BLOCKS,
+                        )  # fmt: skip
+                        some, scalars = _after_greedy(scalars, p, candidates_ptr, without, total_of(masses))
+                        swept = tl.where((ratio > 0.0) & some, child, -1)
+                    else:
+                        some, scalars = _after_offer(scalars, px)
+                    if RULE == "recursive":
+                        if (some == 0) & (tested >= 0) & ((turn == 0) | (px > 0.0)):
+                            chosen = tested
+                elif x >= 0:
+                    total = total_of(load_masses(masses_ptr + child * blocks, VOCAB, BLOCKS))
+                    some, scalars = _after_drawn(scalars, total, qx, RULE, PROPOSAL == "with_replacement")
+                    if some:
+                        swept = child
+                        if PROPOSAL == "without_replacement":
+                            if (scalars[3] < _SMALL_DRAFT_MASS) & (following < count):
+                                Z = _mass_outside(
+                                    q, q_statistics_ptr, links_ptr + nodes * _TRIED + first, following, VOCAB, BLOCKS
+                                )
+                                scalars = _with_Z(scalars, Z)
+                                following = tl.where(Z > 0.0, following, count)
+                    else:
+                        tl.store(links_ptr + nodes * _TRIED + first + turn, _MISSING)
+                        tl.debug_barrier()
+                        if RULE == "recursive":
+                            if px > 0.0:
+                                chosen = child
+            turn = following
+            phase = turn * 0 + _TEST
+
+        if phase == _STOP:
+            w, beta, S, _, c = scalars
+            must = (depth == 0) | (RULE == "recursive")
             u = tl.load(uniforms_ptr + node).to(tl.float64)
             stops = must | (u < c)
-            shares = OFFERS & (first >= 0)
-            if (stops | shares) & (held != beta):
-                total = _masses(
-                    p_row_ptr, p_law, q_row_ptr, q_law, masses_ptr, links_ptr, nodes,
-                    (beta / w).to(tl.float32), without, end, False, HAS_DRAFT, VOCAB, TILE, BLOCKS,
-                )  # fmt: skip
-            if shares:
-                stops = must | (u * kappa < w * total)
-            if stops:
-                if (total <= 0.0) & (tested >= 0):
-                    token = tl.load(links_ptr + nodes * _CANDIDATE + tested)
-                else:
-                    token = _draw(
-                        p_row_ptr, p_law, q_row_ptr, q_law, masses_ptr, links_ptr, nodes,
-                        (beta / w).to(tl.float32), without, end, u_block, u_place, HAS_DRAFT, VOCAB, BLOCKS,
-                    )  # fmt: skip
-                state = node * 0 + _DONE
-            else:
+            shares = False
+            if OFFERS:
+                shares = count > 0
+            if stops | shares:
+                swept_ptr = masses_ptr + swept * blocks
+                ratio = tl.where(swept >= 0, _ratio(w, beta), 0.0)
+                masses = _left_masses(p, q, p_statistics_ptr, swept_ptr, ratio, candidates_ptr, without, VOCAB, BLOCKS)
+                total = total_of(masses)
+                if shares:
+                    stops = must | (u * S < w * total)
+                if stops:
+                    if (total <= 0.0) & (tested >= 0):
+                        token = tl.load(tokens_ptr + tested).to(tl.int32)
+                        if RULE == "recursive":
+                            chosen = tested
+                    else:
+                        u_block, u_place = tl.load(uniforms_ptr + nodes), tl.load(uniforms_ptr + nodes + 1)
+                        token = draw(masses, p, q, ratio, candidates_ptr, without, u_block, u_place, VOCAB)
+                    phase = turn * 0 + _DONE
+            if not stops:
                 # back to the parent, whose child has failed
-                child = node
+                frame_ptr = frames_ptr + node * _FRAME
+                scalars = _load_frame(frame_ptr)
+                tested = tl.load(frame_ptr + 5).to(tl.int32)
+                swept = tl.load(frame_ptr + 6).to(tl.int32)
+                place = tl.load(links_ptr + nodes * _PLACE + node)
                 node = tl.load(parents_ptr + node).to(tl.int32)
                 depth -= 1
-                tl.debug_barrier()
-                frame_ptr = frames_ptr + node * _FRAME
-                w = tl.load(frame_ptr)
-                beta = tl.load(frame_ptr + 1)
-                kappa = tl.load(frame_ptr + 2)
-                Z = tl.load(frame_ptr + 3)
-                c = tl.load(frame_ptr + 4)
-                tested = tl.load(frame_ptr + 5).to(tl.int32)
-                held = -one
-                state = node * 0 + _REJECTED
+                first, count = tl.load(links_ptr + nodes * _FIRST + node), tl.load(links_ptr + nodes * _COUNT + node)
+                turn = _turn_of(place, first, count, PROPOSAL)
+                phase = turn * 0 + _REJECTED
+
+        if chosen >= 0:
+            if _is_virtual(target, request, chosen, nodes):
+                token = tl.load(tokens_ptr + chosen).to(tl.int32)
+                phase = turn * 0 + _DONE
+            else:
+                if RULE == "traversal":
+                    tl.debug_barrier()  # until here the old frame may be read
+                    frame_ptr = frames_ptr + chosen * _FRAME
+                    _store_frame(frame_ptr, scalars)
+                    tl.store(frame_ptr + 5, tested.to(tl.float64))
+                    tl.store(frame_ptr + 6, swept.to(tl.float64))
+                    tl.debug_barrier()
+                    scalars = _entered(weight)
+                node = chosen
+                depth += 1
+                phase = turn * 0 + _ENTER
     _emit(
-        node, depth, token, bits, request, parents_ptr, links_ptr, path_ptr, length_ptr, emitted_ptr, status_ptr,
-        nodes, width,
+        node, depth, token, bits, request, parents_ptr, tokens_ptr, path_ptr, length_ptr, emitted_ptr, status_ptr, width
     )  # fmt: skip
 
 
 # ---- the host's side
+
+
+def _side(logits: torch.Tensor, rows: torch.Tensor | None) -> tuple[Any, ...]:
+    """One side's rows as one argument of a kernel: the logits, the row index, the strides of a request and a row.
+
+    Args:
+        logits: `[batch, nodes, vocab]`, or `[rows, vocab]` with a row index.
+        rows: `[batch, nodes]` integers or None.
+    """
+    return logits, rows, 0 if rows is not None else logits.stride(0), logits.stride(-2)
 
 
 def verify(
@@ -1040,9 +1005,9 @@ def verify(
     """
     batch, nodes = tokens.shape
     vocab, width, device = target_logits.shape[-1], max_depth + 1, target_logits.device
-    if vocab > _LARGEST_VOCAB:
-        raise ValueError(f"target_logits: expected a vocabulary of at most {_LARGEST_VOCAB} tokens, got {vocab}")
-    launch = launch or choose_launch(vocab)
+    if vocab > LARGEST_VOCAB:
+        raise ValueError(f"target_logits: expected a vocabulary of at most {LARGEST_VOCAB} tokens, got {vocab}")
+    launch = launch or choose_launch(batch, nodes, vocab, device)
     tokens, uniforms = tokens.contiguous(), uniforms.contiguous()
     parents = parents if parents.stride(-1) == 1 else parents.contiguous()
     target_rows = None if target_rows is None else target_rows.contiguous()
@@ -1051,105 +1016,134 @@ def verify(
     def new(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    blocks = -(-vocab // DRAW_BLOCK)
+    blocks = blocks_of(vocab)
     links = new(batch, _LINKS.value, nodes, dtype=torch.int32)
-    settings = new(batch, _SETTINGS.value, dtype=torch.float64)
     records = new(batch, nodes, 2, _RECORD.value, dtype=torch.float64)
-    masses = new(batch, blocks, dtype=torch.int64)
+    statistics = new(batch, nodes, 2, 2, blocks, dtype=torch.float32)
+    masses = new(batch, nodes, blocks, dtype=torch.int64)
+    frames = new(batch, nodes, _FRAME.value, dtype=torch.float64)
     path, length = new(batch, width, dtype=torch.int32), new(batch, dtype=torch.int32)
     emitted, status = new(batch, width, dtype=torch.int64), new(batch, dtype=torch.int32)
     outputs = path, length, emitted, status
     if batch == 0:
         return outputs
+    split = launch.schedule == "split"
+    waves = min(launch.waves, nodes - 1) if split and proposal != "point" else 0  # "point" needs no sweep
+    if proposal == "greedy" and rule == "recursive":
+        waves = min(waves, 1)  # one sweep a node
+    common: dict[str, Any] = {
+        "target": _side(target_logits, target_rows),
+        "draft": None if draft_logits is None else _side(draft_logits, draft_rows),
+        "parents_ptr": parents,
+        "links_ptr": links,
+        "status_ptr": status,
+        "parents_stride_batch": 0 if parents.dim() == 1 else parents.stride(0),
+        "nodes": nodes,
+        "VOCAB": vocab,
+    }
+    program = {"PROPOSAL": proposal, "RULE": rule}
+    laws = {
+        "sampling": sampling_triton.arguments(sampling, sampling_tensors),
+        "draft_sampling": sampling_triton.arguments(draft_sampling, draft_sampling_tensors),
+        "HAS_DRAFT": draft_logits is not None,
+    }
+    filters = {
+        "TARGET_FILTERS": sampling_triton.filters(sampling, sampling_tensors, vocab),
+        "DRAFT_FILTERS": sampling_triton.filters(draft_sampling, draft_sampling_tensors, vocab),
+    }
+    scratch = {"records_ptr": records, "statistics_ptr": statistics, "masses_ptr": masses, "frames_ptr": frames}
+    rows = {"TILE": launch.tile_blocks, **row_options(launch.num_warps)}
+    padded = {"BLOCKS": triton.next_power_of_2(blocks)}
+    answer = {
+        "tokens_ptr": tokens,
+        "uniforms_ptr": uniforms,
+        "path_ptr": path,
+        "length_ptr": length,
+        "emitted_ptr": emitted,
+        "width": width,
+    }
 
-    parents_stride = 0 if parents.dim() == 1 else parents.stride(0)
-    strides = [0 if tensor is None or tensor.dim() == 0 else tensor.stride(0) for tensor in
-               (*sampling_tensors, *draft_sampling_tensors)]  # fmt: skip
     _prepare_kernel[(batch,)](
-        tokens, parents, uniforms, target_rows, draft_rows, *sampling_tensors, *draft_sampling_tensors, links, settings,
-        *outputs, parents_stride, *strides, *sampling, *draft_sampling,
-        nodes=nodes,
         target_row_count=target_logits.shape[0],
         draft_row_count=0 if draft_logits is None else draft_logits.shape[0],
-        width=width,
-        DISTINCT=proposal in ("point", "greedy"),
-        HAS_DRAFT=draft_logits is not None,
-        VOCAB=vocab,
+        WAVES=split and proposal != "point",
         BLOCK=min(64, triton.next_power_of_2(nodes + 2)),
         num_warps=4,
-        **_OPTIONS,
-    )  # fmt: skip
-    kernel, frames = _recursive_kernel, {}
-    if rule == "traversal":
-        kernel = _traversal_kernel
-        frames = {"frames_ptr": new(batch, nodes, _FRAME.value, dtype=torch.float64)}
-    kernel[(batch,)](
-        target_logits_ptr=target_logits,
-        draft_logits_ptr=draft_logits,
-        target_rows_ptr=target_rows,
-        draft_rows_ptr=draft_rows,
-        parents_ptr=parents,
-        uniforms_ptr=uniforms,
-        links_ptr=links,
-        settings_ptr=settings,
-        records_ptr=records,
-        masses_ptr=masses,
-        **frames,
-        path_ptr=path,
-        length_ptr=length,
-        emitted_ptr=emitted,
-        status_ptr=status,
-        target_stride_batch=0 if target_rows is not None else target_logits.stride(0),
-        target_stride_row=target_logits.stride(-2),
-        draft_stride_batch=0 if draft_logits is None or draft_rows is not None else draft_logits.stride(0),
-        draft_stride_row=0 if draft_logits is None else draft_logits.stride(-2),
-        parents_stride_batch=parents_stride,
-        nodes=nodes,
-        width=width,
-        PROPOSAL=proposal,
-        HAS_DRAFT=draft_logits is not None,
-        TARGET_FILTERS=_filters(sampling, sampling_tensors),
-        DRAFT_FILTERS=_filters(draft_sampling, draft_sampling_tensors),
-        VOCAB=vocab,
-        TILE=launch.tile_blocks,
-        BLOCKS=triton.next_power_of_2(blocks),
-        num_warps=launch.num_warps,
-        **_OPTIONS,
+        enable_fp_fusion=False,
+        **common,
+        **program,
+        **laws,
+        **answer,
+    )
+    if split:
+        count, chunks = batch * nodes, triton.cdiv(blocks, launch.chunk_blocks)
+        sides = 1 if draft_logits is None else 2
+        chunk = {"CHUNK": launch.chunk_blocks, **rows}
+        _statistics_kernel[(count, chunks, sides)](statistics_ptr=statistics, **common, **laws, **chunk)
+        _records_kernel[(count, sides)](
+            records_ptr=records,
+            statistics_ptr=statistics,
+            PROPOSAL=proposal,
+            **common,
+            **laws,
+            **filters,
+            **padded,
+            **rows,
+        )
+        for wave in range(waves):
+            _sweep_kernel[(count, chunks)](wave=wave, **common, **program, **scratch, **padded, **chunk)
+    _walk_kernel[(batch,)](
+        waves=waves, SPLIT=split, **common, **program, **laws, **filters, **scratch, **answer, **padded, **rows
     )
     return outputs
 
 
-def _filters(numbers: list[float], tensors: list[torch.Tensor | None]) -> bool:
-    """Whether a request may have a filter."""
-    _, top_k, top_p, min_p = numbers
-    return any(tensor is not None for tensor in tensors[1:]) or top_k > 0 or top_p < 1 or min_p > 0
-
-
-# ---- what a call must move
+# ---- what must move: bytes, from memory and to it, of the kernels above
 
 
 def prepare_bytes(batch: int, nodes: int, width: int, index_bytes: int = 8) -> int:
-    """Bytes that `_prepare_kernel` reads and writes: the small inputs, the links and settings, the cleared outputs.
+    """`_prepare_kernel`: the small inputs, the links, the cleared outputs.
 
     Args:
         batch, nodes, width: of the call; width is max_depth + 1.
         index_bytes: of an entry of tokens and parents.
     """
     read = nodes * 2 * index_bytes + (nodes + 2) * 4
-    written = nodes * _LINKS.value * 4 + _SETTINGS.value * 8 + width * (4 + 8) + 8
-    return batch * (read + written)
+    return batch * (read + nodes * _LINKS.value * 4 + width * (4 + 8) + 8)
 
 
-def walk_bytes(target_passes: int, draft_passes: int, vocab: int, logit_bytes: int) -> int:
-    """Bytes that a walk reads from rows, all else being small beside them.
+def statistics_bytes(rows: int, vocab: int, logit_bytes: int) -> int:
+    """`_statistics_kernel`: every row once, two numbers a draw block."""
+    return rows * (vocab * logit_bytes + blocks_of(vocab) * 8)
 
-    A row that is entered is measured in two passes (its largest logit; the sum), a filter adds a few. Each mass of
-    (p - beta q)_+ is one pass over both rows, one of p or q alone a pass over that row. The rows fit the L2 cache, so
-    the floor from memory is one pass a row.
+
+def records_bytes(rows: int, vocab: int) -> int:
+    """`_records_kernel`: the statistics, a record a row. Filters read rows again, which are in the cache by then."""
+    return rows * (blocks_of(vocab) * 8 + _RECORD.value * 8)
+
+
+def sweep_bytes(sweeps: int, vocab: int, logit_bytes: int) -> int:
+    """`_sweep_kernel`: two rows and a number a draw block for every rejection that is swept."""
+    return sweeps * (2 * vocab * logit_bytes + blocks_of(vocab) * 8)
+
+
+def walk_bytes(rows: int, batch: int, width: int, vocab: int, logit_bytes: int) -> int:
+    """`_walk_kernel` under "walk": the rows it visits, once each, for from then on they are in the cache; the answer.
 
     Args:
-        target_passes, draft_passes: over rows of each side, summed over the requests.
-        vocab: tokens in a row.
-        logit_bytes: 2 or 4.
+        rows: visited, of both sides, summed over the requests; 0 under "split".
     """
-    return (target_passes + draft_passes) * vocab * logit_bytes
+    return rows * vocab * logit_bytes + batch * (width * (4 + 8) + 8)
+
+
+def verify_bytes(
+    rows: int, batch: int, nodes: int, width: int, vocab: int, logit_bytes: int, index_bytes: int = 8
+) -> int:
+    """The floor of a whole call: each row that has to be read once, the small inputs, the answer; no scratch.
+
+    Args:
+        rows: of both sides, summed over the requests: all that a walk may visit under "split", those on the requests'
+            own ways under "walk".
+    """
+    small = nodes * 2 * index_bytes + (nodes + 2) * 4
+    return rows * vocab * logit_bytes + batch * (small + width * (4 + 8) + 8)

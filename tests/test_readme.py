@@ -26,7 +26,7 @@ def test_there_are_blocks() -> None:
 
 def test_named_files_exist() -> None:
     """Links, and the paths in the file map; a bare name belongs to the folder named before it in its row."""
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
+    for link in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
         assert (ROOT / link).exists(), link
     table = README.split("## Where things are")[1].split("## Citation")[0]
     for row in table.splitlines():

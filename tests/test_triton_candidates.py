@@ -11,6 +11,8 @@ import torch
 import triton_interpreter
 
 from mcsd_kernels import SamplingParams, draw_candidates, draw_uniforms, reference
+from mcsd_kernels._candidates_triton import draw_candidates_bytes
+from mcsd_kernels._random_triton import draw_uniforms_bytes
 
 triton_interpreter.install()
 
@@ -136,7 +138,7 @@ def test_a_vocabulary_of_131072() -> None:
 
 def test_law(p_value: Any) -> None:
     """Two draws without replacement from five tokens, filtered, against the exact law."""
-    sampling = {"temperature": 0.8, "top_k": 4, "top_p": 0.97, "min_p": 0.05}
+    sampling = {"temperature": 0.8, "min_p": 0.12}
     logits = torch.from_numpy(cases.logits_of([0.35, 0.3, 0.2, 0.1, 0.05])).float()
     trials = 150
     found = draw_candidates(
@@ -151,3 +153,9 @@ def test_no_rows() -> None:
     none = torch.zeros(0, dtype=torch.int64)
     assert draw_candidates(torch.zeros(0, 6), 2, none, 0, backend="triton").shape == (0, 2)
     assert draw_uniforms(none, 0, 3, backend="triton").shape == (0, 3)
+
+
+def test_bytes() -> None:
+    """Of 2 rows: 3 logits of 2 bytes, a seed of 8 and 4 tokens of 8; a seed and 5 numbers of 4."""
+    assert draw_candidates_bytes(2, 3, 2, 4) == 2 * (6 + 8 + 32)
+    assert draw_uniforms_bytes(2, 5) == 2 * (8 + 20)

@@ -12,18 +12,19 @@ import triton.language as tl
 import triton_interpreter
 
 from mcsd_kernels import SamplingParams, Status, reference, row_cutoffs
-from mcsd_kernels import _rows_triton as rows_triton
+from mcsd_kernels._cutoffs_triton import row_cutoffs_bytes
 from mcsd_kernels._rows_triton import (
     DRAW_BLOCK,
-    combine_statistics,
+    blocks_of,
     draw,
+    find_law,
     law,
+    law_masses,
     load_logits,
-    store_law_masses,
-    store_residual_masses,
-    store_statistics,
+    load_masses,
+    store_masses,
     strike_out,
-    total_mass,
+    total_of,
 )
 
 triton_interpreter.install()
@@ -116,38 +117,39 @@ def test_a_hang_is_an_error() -> None:
 
 @triton.jit
 def _law_kernel(
-    logits_ptr, scale, cutoff, law_ptr, maxima_ptr, masses_ptr, status_ptr,
-    VOCAB: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr,
+    logits_ptr, scale, top_p, law_ptr, masses_ptr, status_ptr, statistics_ptr,
+    FILTERS: tl.constexpr, VOCAB: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(VOCAB, DRAW_BLOCK)
-    store_statistics(logits_ptr, scale, cutoff, maxima_ptr, masses_ptr, 0, blocks, VOCAB, TILE)
-    top, inverse, argmax, status = combine_statistics(logits_ptr, scale, maxima_ptr, masses_ptr, VOCAB, BLOCKS)
-    tl.store(status_ptr, status)
-    if status == 0:
-        row = (logits_ptr, scale, cutoff, top, inverse, argmax)
-        store_law_masses(row, maxima_ptr, masses_ptr, masses_ptr, VOCAB, BLOCKS)
-        for block in range(blocks):
+    zero = tl.full([], 0.0, tl.float32)
+    settings = (zero + scale, zero, zero + top_p, tl.full([], float("-inf"), tl.float64))
+    row, bits = find_law(logits_ptr, settings, statistics_ptr, FILTERS, False, VOCAB, TILE, BLOCKS)
+    tl.store(status_ptr, bits)
+    if bits == 0:
+        index = tl.arange(0, BLOCKS)
+        masses = law_masses(row, statistics_ptr, VOCAB, BLOCKS)
+        tl.store(masses_ptr + index, masses, mask=index < tl.cdiv(VOCAB, DRAW_BLOCK))
+        for block in range(tl.cdiv(VOCAB, DRAW_BLOCK)):
             ids = block * DRAW_BLOCK + tl.arange(0, DRAW_BLOCK)
             tl.store(law_ptr + ids, law(row, load_logits(logits_ptr, ids, True, VOCAB), ids), mask=ids < VOCAB)
 
 
 def law_of(
-    logits: torch.Tensor, scale: float = 1.0, cutoff: float = -np.inf, tile: int = 2
+    logits: torch.Tensor, scale: float = 1.0, top_p: float = 1.0, tile: int = 2
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """(law, block masses, status) of a row."""
     vocab = logits.shape[0]
-    blocks = -(-vocab // 1024)
-    found, maxima, masses = (torch.full((size,), torch.nan) for size in (vocab, blocks, blocks))
-    status = torch.full((1,), -1, dtype=torch.int32)
+    blocks = blocks_of(vocab)
+    found, statistics = torch.full((vocab,), torch.nan), torch.full((2, blocks), torch.nan)
+    masses, status = torch.full((blocks,), -1), torch.full((1,), -1, dtype=torch.int32)
     _law_kernel[(1,)](
-        logits, scale, cutoff, found, maxima, masses, status,
-        VOCAB=vocab, BLOCKS=rows_triton.blocks_of(vocab), TILE=tile,
+        logits, scale, top_p, found, masses, status, statistics,
+        FILTERS=top_p < 1, VOCAB=vocab, BLOCKS=triton.next_power_of_2(blocks), TILE=tile,
     )  # fmt: skip
-    return found, masses, int(status)
+    return found, masses / 2.0**60, int(status)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocab", [1, 7, 1024, 1025, 3000])
+@pytest.mark.parametrize("vocab", [1, 7, 1024, 3000])
 def test_law_is_as_exact_as_torch(vocab: int, dtype: torch.dtype) -> None:
     logits = fuzzed(1, vocab, vocab)[0].to(dtype)
     found, masses, status = law_of(logits, 1.25)
@@ -179,14 +181,23 @@ def test_status(place: Any, value: float, wanted: Status, scale: float) -> None:
 def test_temperature_zero_is_one_hot_at_the_lowest_argmax() -> None:
     logits = fuzzed(1, 2100, 1)[0]
     logits[[1030, 1040, 2050]] = 50.0
-    found, masses, _ = law_of(logits, 0.0)
+    found, masses, _ = law_of(logits, 0.0, 0.5)
     assert found.nonzero().tolist() == [[1030]] and found[1030] == 1 and masses.tolist() == [0, 1, 0]
 
 
 def test_the_tile_changes_no_bit() -> None:
     logits = fuzzed(1, 5000, 2)[0]
-    one, other = law_of(logits, cutoff=-1.0, tile=1), law_of(logits, cutoff=-1.0, tile=8)
+    one, other = law_of(logits, top_p=0.9, tile=1), law_of(logits, top_p=0.9, tile=8)
     assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+    assert (one[0] == 0).any() and float(one[0].double().sum()) == pytest.approx(1, abs=1e-6)
+
+
+def test_a_block_without_a_weight_has_no_mass() -> None:
+    """Its tokens are too improbable to count, so a draw that landed there would find nothing."""
+    logits = torch.full((2048,), -45.0)
+    logits[3] = 0.0
+    found, masses, _ = law_of(logits)
+    assert (found[1024:] > 0).all() and masses[1] == 0
 
 
 # ---- residuals and draws
@@ -194,44 +205,43 @@ def test_the_tile_changes_no_bit() -> None:
 
 @triton.jit
 def _residual_kernel(
-    p_ptr, q_ptr, p_top, p_inverse, q_top, q_inverse, use_p, ratio, cutoff, masses_ptr, without_ptr, count,
-    uniforms_ptr, total_ptr, token_ptr, VOCAB: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr,
+    p_ptr, q_ptr, p_top, p_inverse, q_top, q_inverse, ratio, masses_ptr, without_ptr, count, uniforms_ptr, total_ptr,
+    token_ptr, VOCAB: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    p, q = (p_ptr, 1.0, cutoff, p_top, p_inverse, -1), (q_ptr, 1.0, cutoff, q_top, q_inverse, -1)
-    store_residual_masses(p, q, use_p, ratio, masses_ptr, 0, tl.cdiv(VOCAB, DRAW_BLOCK), VOCAB, TILE)
-    strike_out(p, q, use_p, ratio, masses_ptr, without_ptr, count, VOCAB)
-    tl.store(total_ptr, total_mass(masses_ptr, VOCAB, BLOCKS))
+    p, q = (p_ptr, 1.0, float("-inf"), p_top, p_inverse, -1), (q_ptr, 1.0, float("-inf"), q_top, q_inverse, -1)
+    store_masses(p, q, ratio, masses_ptr, 0, tl.cdiv(VOCAB, DRAW_BLOCK), VOCAB, TILE)
+    masses = load_masses(masses_ptr, VOCAB, BLOCKS)
+    masses = strike_out(masses, p, q, ratio, without_ptr, count, VOCAB, BLOCKS)
+    tl.store(total_ptr, total_of(masses))
     u_block, u_place = tl.load(uniforms_ptr), tl.load(uniforms_ptr + 1)
-    token = draw(p, q, use_p, ratio, masses_ptr, u_block, u_place, without_ptr, count, VOCAB, BLOCKS)
-    tl.store(token_ptr, token)
+    tl.store(token_ptr, draw(masses, p, q, ratio, without_ptr, count, u_block, u_place, VOCAB))
 
 
 @pytest.mark.parametrize(
-    ("use_p", "ratio", "without"),
+    ("ratio", "without"),
     [
-        pytest.param(1.0, 0.0, [], id="p"),
-        pytest.param(1.0, 0.7, [], id="residual"),
-        pytest.param(1.0, 1.0, [3, 1024, 1030, -1, 5000], id="residual-without-tokens"),
-        pytest.param(0.0, -1.0, [2], id="q"),
-        pytest.param(1.0, 1e9, [], id="nothing-left"),
+        pytest.param(0.0, [], id="p"),
+        pytest.param(0.7, [], id="residual"),
+        pytest.param(1.0, [3, 1024, 1030, -1, 1024], id="residual-without-tokens"),
+        pytest.param(1e9, [], id="nothing-left"),
     ],
 )
 @pytest.mark.parametrize("coins", [(0.0, 0.0), (0.31, 0.77), (1 - 2**-24, 1 - 2**-24)], ids=str)
-def test_residual_masses_and_draw(use_p: float, ratio: float, without: list[int], coins: tuple[float, float]) -> None:
+def test_residual_masses_and_draw(ratio: float, without: list[int], coins: tuple[float, float]) -> None:
     vocab = 2500
     p, q = fuzzed(2, vocab, 4)
     p[:5] = q[:5] = -torch.inf
     p[1500:] -= 1
     q[2499] = p[2499] = -torch.inf
     laws = [torch.softmax(row.double(), -1) for row in (p, q)]
-    weights = (use_p * laws[0] - ratio * laws[1]).clamp(min=0)
-    weights[[token for token in without if 0 <= token < vocab]] = 0
-    masses, total, token = torch.full((3,), torch.nan), torch.full((1,), torch.nan), torch.full((1,), -9)
-    token = token.int()
+    weights = (laws[0] - ratio * laws[1]).clamp(min=0)
+    weights[[token for token in without if token >= 0]] = 0
+    masses, total = torch.full((3,), -1), torch.full((1,), torch.nan, dtype=torch.float64)
+    token = torch.full((1,), -9, dtype=torch.int32)
     statistics = [(float(row.max()), float(1 / (row - row.max()).double().exp().sum())) for row in (p, q)]
     _residual_kernel[(1,)](
-        p, q, *statistics[0], *statistics[1], use_p, ratio, -np.inf, masses, torch.tensor(without or [0]),
-        len(without), torch.tensor(coins), total, token, VOCAB=vocab, BLOCKS=4, TILE=2,
+        p, q, *statistics[0], *statistics[1], ratio, masses, torch.tensor(without or [0]), len(without),
+        torch.tensor(coins), total, token, VOCAB=vocab, BLOCKS=4, TILE=2,
     )  # fmt: skip
     assert float(total) == pytest.approx(float(weights.sum()), rel=1e-5, abs=1e-12)
     if weights.sum() == 0:
@@ -243,8 +253,11 @@ def test_residual_masses_and_draw(use_p: float, ratio: float, without: list[int]
 # ---- cut-offs
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocab", [1, 2, 5, 100, 1025, 4096])
+@pytest.mark.parametrize(
+    ("vocab", "dtype"),
+    [(1, torch.float32), (5, torch.bfloat16), (100, torch.float16), (1025, torch.bfloat16), (4096, torch.float32)],
+    ids=str,
+)
 def test_row_cutoffs_equal_the_oracle(vocab: int, dtype: torch.dtype) -> None:
     """Every filter alone and together, over spread, narrow and half-empty rows: the same tokens stay."""
     values: dict[str, Any] = {
@@ -277,6 +290,11 @@ def test_row_cutoffs_of_numbers_strided_broken_and_out_of_range() -> None:
     assert torch.isinf(found[1:4]).all() and torch.isfinite(found[[0, 4]]).all()
     wrong = SamplingParams(top_k=torch.tensor([3, 3, 3, 3, -1]))
     assert torch.isinf(row_cutoffs(logits, wrong, backend="triton")[1:]).all()
+
+
+def test_row_cutoffs_bytes() -> None:
+    """Two rows of three bf16 logits are 12 bytes; two float32 answers are 8."""
+    assert row_cutoffs_bytes(2, 3, 2) == 20
 
 
 def test_row_cutoffs_of_a_vocabulary_of_131072() -> None:

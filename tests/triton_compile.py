@@ -8,12 +8,16 @@ needs off its binary.
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -175,3 +179,31 @@ def unordered_releases(kernel: Any) -> list[str]:
         elif stored and re.search(r"\b(atom|red)\.global\S*(release|acq_rel)", line):
             found.append(line.strip())
     return found
+
+
+# What every kernel needed when somebody last looked: Triton's version -> target -> call -> kernel -> entry.
+TABLE = Path(__file__).with_name("kernel_resources.json")
+UPDATE = "UPDATE_KERNEL_RESOURCES"
+
+
+def assert_as_committed(target: str, call: str, kernels: Iterable[Resources]) -> None:
+    """Fail if a kernel spills, has too much shared memory, or needs other resources than `TABLE` says.
+
+    With the environment variable `UPDATE` set, write the table instead of comparing with it.
+    """
+    found = {}
+    for kernel in kernels:
+        assert kernel.spills == 0, kernel
+        assert kernel.shared <= SHARED_LIMITS[target], kernel
+        found[kernel.name] = f"{kernel.registers} registers, {kernel.shared} bytes shared"
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    if os.environ.get(UPDATE) == "1":
+        table.setdefault(triton.__version__, {}).setdefault(target, {})[call] = found
+        TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        return
+    if triton.__version__ not in table:
+        pytest.skip(
+            f"{TABLE.name} knows no Triton {triton.__version__}: {UPDATE}=1 python -m pytest tests/test_compile_*"
+        )
+    wanted = table[triton.__version__].get(target, {}).get(call)
+    assert found == wanted, f"another version of a kernel: look at the difference, then set {UPDATE}=1 and run again"

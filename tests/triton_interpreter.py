@@ -65,6 +65,12 @@ def _patch_once() -> None:
         return Kept()
 
     interpreter._patch_lang = patch_lang
+    of_scalar = functools.cache(interpreter._get_np_dtype)  # it makes a table anew at every load
+
+    def get_np_dtype(kind: Any) -> Any:
+        return np.dtype(np.uint64) if isinstance(kind.scalar, tl.pointer_type) else of_scalar(kind.scalar)
+
+    interpreter._get_np_dtype = get_np_dtype
 
 
 # ---- bf16: the interpreter keeps its bits in uint16 and then computes with those
@@ -98,12 +104,14 @@ def _repair_bfloat16() -> None:
     fma, convert, reduce_sum = Builder.create_fma, Builder.create_fp_to_fp, interpreter.ReduceOps.sum
 
     def binary_op(self: Any, left: Any, right: Any, operation: Any) -> Any:
-        if operation in _BITWISE or not (_is_bfloat16(left) and _is_bfloat16(right)):
-            return binary(self, left, right, operation)
-        result = operation(_widened(left).data, _widened(right).data)
-        if operation in _COMPARISONS:
-            return Handle(result, tl.int1)
-        return Handle(_round_to_bfloat16(result), tl.bfloat16)
+        bfloat16 = operation not in _BITWISE and _is_bfloat16(left) and _is_bfloat16(right)
+        if operation in _COMPARISONS:  # the interpreter types the result as its operands, which a broadcast acts on
+            if bfloat16:
+                left, right = _widened(left), _widened(right)
+            return Handle(operation(left.data, right.data), tl.int1)
+        if bfloat16:
+            return Handle(_round_to_bfloat16(operation(_widened(left).data, _widened(right).data)), tl.bfloat16)
+        return binary(self, left, right, operation)
 
     def unary_op(self: Any, argument: Any, operation: Any) -> Any:
         if _is_bfloat16(argument):
