@@ -19,7 +19,7 @@ INTERPRETER_TESTS = tests/test_triton_*.py
 override PROMPT := $(value PROMPT)
 export PROMPT
 
-.PHONY: help demo test test-main test-interpreter lint format bench clean distclean
+.PHONY: help demo test test-main test-interpreter lint format bench lossless robustness clean distclean
 
 help:
 	@echo 'make demo PROMPT="..."  generate text, with plain decoding beside it'
@@ -27,6 +27,8 @@ help:
 	@echo 'make lint               ruff and mypy'
 	@echo 'make format             let ruff rewrite the sources'
 	@echo 'make bench              the microbenchmarks'
+	@echo 'make lossless           write LOSSLESS.md: what was proved, and what the proof can see'
+	@echo 'make robustness         100,000 random calls of verify, and 20,000 tokens with flat memory'
 	@echo 'make clean              remove caches and build products; distclean: .venv too'
 
 demo: $(VENV)/.run
@@ -58,6 +60,12 @@ format: $(VENV)/.develop
 
 bench: $(VENV)/.develop
 	$(TEST_ENV) $(BIN)/python -m pytest bench --benchmark-only $(PYTEST_ARGS)
+
+lossless: $(VENV)/.develop
+	$(TEST_ENV) $(BIN)/python scripts/lossless.py
+
+robustness: $(VENV)/.develop
+	$(TEST_ENV) $(BIN)/python -W ignore scripts/robustness.py --calls 100000 --tokens 20000
 
 # venv writes pip last, so its presence says that the environment is whole.
 $(BIN)/pip:

@@ -221,9 +221,11 @@ def compare(
 
         return run
 
-    def ours(drafter: Drafter) -> Callable[[], tuple[torch.Tensor, dict[str, Any]]]:
+    def ours(drafter: Drafter, graphs: bool = True) -> Callable[[], tuple[torch.Tensor, dict[str, Any]]]:
         def run() -> tuple[torch.Tensor, dict[str, Any]]:
-            found = mcsd.generate(target, drafter, ids, mask, max_new_tokens=options.tokens, temperature=0.0)
+            found = mcsd.generate(
+                target, drafter, ids, mask, max_new_tokens=options.tokens, temperature=0.0, graphs=graphs
+            )
             stats = found.stats
             return found.sequences, {
                 "steps": stats.target_calls,
@@ -237,6 +239,8 @@ def compare(
         "transformers greedy": hugging_face,
         **{f"transformers assisted, {count} tokens": assisted(count) for count in (3, 5)},
         **{f"mcsd controlled {shape}": ours(Controlled(table, shape)) for shape in ((4, 2, 2), (1, 1, 1))},
+        # forward hooks do not see a replay, so the time outside the forwards is this side's
+        "mcsd controlled (4, 2, 2), eager": ours(Controlled(table, (4, 2, 2)), graphs=False),
         **{
             f"mcsd assistant {shape}": ours(ModelDrafter(assistant, shape, "point")) for shape in ((4, 2, 2), (1, 1, 1))
         },

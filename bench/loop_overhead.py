@@ -12,7 +12,8 @@ import harness
 import torch
 
 import mcsd
-from mcsd.models import default_pair
+from mcsd.draft_model import load_draft
+from mcsd.models import load_target
 
 PROMPT = "Explain in three sentences why the sky is blue."
 
@@ -41,7 +42,8 @@ class ForwardClock:
 def main() -> None:
     """Print and record one row a tree shape and temperature."""
     torch.set_num_threads(1)
-    target, draft, tokenizer = default_pair("float32")
+    target, tokenizer = load_target(dtype="float32")
+    draft = load_draft("smollm2-draft", target)  # a model, whose forwards can be told from the rest
     chat = [{"role": "user", "content": PROMPT}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     for branching in ((2,), (4,), (4, 2, 2), (1, 1, 1, 1)):

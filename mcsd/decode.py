@@ -66,7 +66,7 @@ def generate(
     logits_processor: Any = None,
     streamer: Any = None,
     attention: str = "auto",
-    graphs: bool | None = None,
+    graphs: bool = False,
     progress: bool = False,
     callback: Callable[[Stats], None] | None = None,
     observer: Callable[[State, Proposal, torch.Tensor, Verified], None] | None = None,
@@ -105,7 +105,7 @@ def generate(
         streamer: gets the prompt and then every token, as transformers' `generate` does; batch 1 only.
         attention: "tree" (our attention in the model), "dense" (4-D masks), or "auto".
         graphs: capture the forwards over trees as CUDA graphs when their shapes first come, and replay them; graphs and
-            cache then stay with the models. Where that cannot be, forwards run as always. None: on CUDA.
+            cache then stay with the models. Where that cannot be, forwards run as always.
         progress: show a progress bar on stderr.
         callback: called with the running `Stats` after every step.
         observer: called in every step with what was verified: the state before it, the tree, the target's logits
@@ -150,8 +150,6 @@ def generate(
     ends = _Ends(target, eos_token_id, stopping_criteria, stop_strings, tokenizer)
     processors = _list_of(LogitsProcessorList, logits_processor)
 
-    if graphs is None:
-        graphs = target.device.type == "cuda"
     room = longest + max_new_tokens + _LARGEST_TREE
     scorer = Scorer(
         target, room, attention, drafter.reads_hidden, batch if graphs else None, _tell if progress else None

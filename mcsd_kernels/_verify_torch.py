@@ -136,6 +136,8 @@ class Batch:
         max_depth: int,
     ) -> None:
         self.target, self.draft = target, draft
+        # whether every law is made here, and none was handed over
+        self.computed = target.sampling is not None and (draft is None or draft.sampling is not None)
         self.max_depth = max_depth
         self.points = None if point_nodes is None else np.broadcast_to(host(point_nodes), tokens.shape)
         self.tokens, self.uniforms = host(tokens), host(uniforms)
@@ -298,7 +300,8 @@ class _Alone:
                     answer = self._rows(walk.request, wants)
                 else:
                     if held != wants:
-                        rows_torch.fill(self.p.row, self.q.row, wants, room.first_weights.row)
+                        if self.p is not room.first_weights:
+                            rows_torch.fill(self.p.row, self.q.row, wants, room.first_weights.row)
                         masses = room.sum_blocks()
                         held = wants
                     if kind is rules.Mass:
@@ -314,7 +317,8 @@ class _Alone:
 
     def _rows(self, request: int, wants: rules.Rows) -> tuple[list[float], list[float]] | Status:
         node, tokens = wants
-        p = self.batch.target.law(request, node, self.room.first_p)
+        # of a leaf nothing is asked but a draw from p itself
+        p = self.batch.target.law(request, node, self.room.first_p if tokens else self.room.first_weights)
         if isinstance(p, Status):
             return p
         self.p = p
@@ -322,13 +326,13 @@ class _Alone:
             return [], []
         p_at = p.at(tokens)
         if self.batch.draft is None:
-            return (p_at, p_at) if sound(p_at) else Status.NAN_ROW
+            return (p_at, p_at) if self.batch.computed or sound(p_at) else Status.NAN_ROW
         q = self.batch.draft.law(request, node, self.room.first_q)
         if isinstance(q, Status):
             return q
         self.q = q
         q_at = q.at(tokens)
-        return (p_at, q_at) if sound(p_at, q_at) else Status.NAN_ROW
+        return (p_at, q_at) if self.batch.computed or sound(p_at, q_at) else Status.NAN_ROW
 
 
 class Together:
