@@ -206,7 +206,7 @@ def test_the_benchmark_of_the_loop_runs(tmp_path: Path) -> None:
     environment = {**os.environ, "OUT": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     subprocess.run([sys.executable, str(script), "--smoke"], check=True, env=environment, capture_output=True)
     rows = [json.loads(line) for line in (tmp_path / "loop_gpu.jsonl").read_text().splitlines()]
-    assert [row["side"].split()[0] for row in rows] == ["transformers"] * 3 + ["mcsd"] * 4
+    assert [row["side"].split()[0] for row in rows] == ["transformers"] * 3 + ["mcsd"] * 5
     for row in rows[3:]:
         assert row["tokens_per_call"] > 1.0 and row["microseconds_outside_forwards_per_step"] > 0
 
