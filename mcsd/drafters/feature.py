@@ -153,7 +153,8 @@ class FeatureModel(nn.Module):
         """
         dtype, device = self.head_rows.dtype, self.head_rows.device
         if device.type == "cpu" and dtype == torch.bfloat16 and hasattr(torch.ops.aten, "_weight_int8pack_mm"):
-            self.packed = rows.contiguous(), scales.flatten().to(dtype)
+            # a copy, because torch aligns its own memory: four rows at an address in a mapped file crash the product
+            self.packed = rows.clone(memory_format=torch.contiguous_format), scales.flatten().to(dtype)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, self.config.norm_eps)
