@@ -392,13 +392,18 @@ def fill_rows(
     """
     device = p.device
     index = np.array(slots)
+    weights.copy_(take(p, index))
     beta_over_w = np.array([want.beta / (want.w or 1.0) for want in wants])
-    if beta_over_w.any():
-        use_p = np.array([want.w != 0.0 for want in wants], np.float32)
-        torch.mul(take(p, index), _column(use_p, device), out=weights)
-        weights.addcmul_(take(q, index), _column(-beta_over_w, device)).clamp_(min=0.0)
-    else:
-        weights.copy_(take(p, index))
+    # where nothing is subtracted, q may never have been loaded: its row is what an earlier request left there
+    some = np.flatnonzero(beta_over_w)
+    if some.size:
+        part = take(weights, some)
+        without_p = np.flatnonzero([want.w == 0.0 for want in (wants[row] for row in some)])
+        if without_p.size:
+            part[torch.from_numpy(without_p).to(device)] = 0.0
+        part.addcmul_(take(q, index[some]), _column(-beta_over_w[some], device)).clamp_(min=0.0)
+        if some.size < len(wants):
+            weights[torch.from_numpy(some).to(device)] = part
     pairs = [(row, token) for row, want in enumerate(wants) for token in want.without]
     if pairs:
         at = torch.tensor(pairs, device=device)

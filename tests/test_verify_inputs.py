@@ -200,3 +200,18 @@ def test_bad_arguments(case: str) -> None:
     rows = torch.zeros(2, 3, 8)
     with pytest.raises(ValueError, match=message):
         verify(rows, rows, torch.zeros(2, 3).long(), torch.tensor([-1, 0, 0]), torch.zeros(2, 5), **options)
+
+
+def test_no_request_reads_what_a_broken_one_left_behind() -> None:
+    """Rooms are kept between calls, and a leaf at which a neighbour subtracts q has no q of its own."""
+    even = torch.full((2, 2, 5), 0.2)
+    broken = even.clone()
+    broken[1, 0, 1:] = torch.nan
+    tokens, uniforms = torch.tensor([[0, 1], [0, 1]]), torch.full((2, 4), 0.5)
+    verify(even, broken, tokens, torch.tensor([-1, 0]), uniforms, proposal="with_replacement", inputs="probabilities")
+
+    target = torch.tensor([0.4, 0.0, 0.3, 0.2, 0.1]).expand(2, 2, 5).contiguous()  # request 0 rejects its candidate
+    parents = torch.tensor([[-1, 0], [-1, -1]])  # request 1 has none
+    out = verify(target, even, tokens, parents, uniforms, proposal="with_replacement", inputs="probabilities")
+    assert out.status.tolist() == [0, 0] and out.length.tolist() == [1, 1]
+    assert out.tokens[1].tolist() == [2, -1], "0.5 of the target's own law"
