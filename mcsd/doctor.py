@@ -20,7 +20,7 @@ from .models import (
     GGUF_SHA256,
     GGUF_VERSION,
     cache_dir,
-    cpu_has_bf16,
+    cpu_multiplies_bf16,
     load_target,
     resolve_dtype,
 )
@@ -51,7 +51,7 @@ def examine(target: str | None, dtype: str, device: str) -> tuple[dict[str, Any]
         "devices": devices(),
         "device": f"{place} ({'asked for' if device != 'auto' else 'a GPU' if place.type == 'cuda' else 'no GPU'})",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
-        "cpu_computes_in_bfloat16": cpu_has_bf16(),
+        "cpu_multiplies_bfloat16": cpu_multiplies_bf16(),
         "dtype": str(resolve_dtype(dtype, place)).removeprefix("torch."),
         "verify_backend": _backend(place),
     }

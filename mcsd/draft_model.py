@@ -203,7 +203,10 @@ def load_draft(
     dtype = dtype or target.dtype
     folder = DATA / name_or_path if name_or_path in BUNDLED_DRAFTS else Path(name_or_path)
     if (folder / WEIGHTS_FILE).is_file():
-        embedding = target.get_input_embeddings().weight.to(dtype)
+        embedding = target.get_input_embeddings().weight
+        if hasattr(embedding, "full_tensor"):  # split over ranks by a tensor-parallel plan
+            embedding = embedding.full_tensor()
+        embedding = embedding.to(dtype)
         if json.loads((folder / "config.json").read_text()).get("drafter") == "feature":
             return FeatureDrafter(load_feature_model(folder, embedding))
         return SubVocabularyDraft.from_folder(folder, embedding)

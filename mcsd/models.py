@@ -82,7 +82,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: str | torch.device = "cpu") 
     """Turn "auto" or the name of a dtype into a dtype.
 
     Args:
-        dtype: a torch dtype, its name, or "auto": bfloat16 where the device computes in it natively, else float32.
+        dtype: a torch dtype, its name, or "auto": bfloat16 where the device is faster in it, else float32.
         device: where the model will run.
 
     Returns:
@@ -94,28 +94,30 @@ def resolve_dtype(dtype: str | torch.dtype, device: str | torch.device = "cpu") 
     if dtype == "auto":
         kind = torch.device(device).type
         if kind == "cpu":
-            native = cpu_has_bf16()
+            faster = cpu_multiplies_bf16()
         elif kind == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            faster = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            native = True
-        return torch.bfloat16 if native else torch.float32
+            faster = True
+        return torch.bfloat16 if faster else torch.float32
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise ValueError(f'dtype: expected "auto" or a floating-point dtype, got {dtype!r}')
     return resolved
 
 
-def cpu_has_bf16() -> bool:
-    """Whether this CPU has bfloat16 instructions (AVX512-BF16, AMX, Arm BF16); without them float32 is the faster."""
-    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        if getattr(torch.cpu, probe, bool)():
-            return True
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for bfloat16 matrices (AMX, Arm BF16).
+
+    AVX512-BF16 alone does not count: its dot products make a target's forward slower than float32, see docs/notes.md.
+    """
+    if getattr(torch.cpu, "_is_amx_tile_supported", bool)():
+        return True
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
         return False
-    return not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+    return not flags.isdisjoint({"amx_bf16", "bf16"})
 
 
 def cache_dir() -> Path:

@@ -55,10 +55,10 @@ def tiny_model(seed: int = 0, **changes: object) -> LlamaForCausalLM:
 # ---- dtype and cache folder
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_auto_dtype_is_bf16_only_where_the_cpu_has_it(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
-    monkeypatch.setattr(models, "cpu_has_bf16", lambda: native)
-    assert models.resolve_dtype("auto") == (torch.bfloat16 if native else torch.float32)
+@pytest.mark.parametrize("faster", [True, False])
+def test_auto_dtype_is_bf16_only_where_the_cpu_multiplies_it(monkeypatch: pytest.MonkeyPatch, faster: bool) -> None:
+    monkeypatch.setattr(models, "cpu_multiplies_bf16", lambda: faster)
+    assert models.resolve_dtype("auto") == (torch.bfloat16 if faster else torch.float32)
 
 
 def test_dtype_by_name_and_as_object() -> None:
