@@ -1,11 +1,11 @@
 """Tokens per target call by tree shape, proposal, rule and temperature, on held-out prompts, with confidence intervals.
 
-python bench/shapes.py --minutes 60          # measure, a prompt after the other, going on where the last run stopped
+python bench/shapes.py --minutes 60          # measure, a batch after the other, going on where the last run stopped
 python bench/shapes.py --table               # the table from the rows, with intervals by bootstrap over prompts
 
-Rows go to bench/results/shapes.jsonl, one a prompt and setting. Prompts are the outer loop, so that a run that is cut
-short has fewer prompts and not fewer settings. At temperature 0 a sampled draft has a single candidate, so there the
-table has "point" alone, and one rule, since both accept the same.
+Rows go to bench/results/shapes.jsonl, one a prompt and setting. Batches of prompts are the outer loop, so that a run
+that is cut short has fewer prompts and not fewer settings. At temperature 0 a sampled draft has a single candidate, so
+there the table has "point" alone, and one rule, since both accept the same.
 """
 
 from __future__ import annotations
@@ -13,18 +13,25 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import harness
 import numpy as np
+import torch
 from prompts_heldout import INSTRUCTIONS, TRANSLATIONS
 
 import mcsd
-from mcsd.models import default_pair
+from mcsd.draft_model import DEFAULT_DRAFT
+from mcsd.drafters import Proposal, State
+from mcsd.models import DEFAULT_TARGET, default_pair
+from mcsd_kernels import Verified
 
-SHAPES = ((4, 2, 2), (4, 2, 2, 1), (4, 2, 2, 1, 1), (1, 1, 1, 1))
+CHAIN = (1, 1, 1, 1)
+SHAPES = ((4, 2, 2), (4, 2, 2, 1), (4, 2, 2, 1, 1), CHAIN)
 PROPOSALS = ("without_replacement", "with_replacement", "greedy", "point")
 RULES = ("recursive", "traversal")
 TEMPERATURES = (1.0, 0.7, 0.0)
@@ -40,9 +47,13 @@ ROWS = harness.RESULTS / "shapes.jsonl"
 
 
 def settings_of(temperatures: list[float]) -> list[tuple[tuple[int, ...], str, str, float]]:
-    """Every setting of the table."""
+    """Every setting of the table.
+
+    Three of the proposals draw a single child in the same way, so the chain has one of them, and "point".
+    """
     every = product(SHAPES, PROPOSALS, RULES, temperatures)
-    return [row for row in every if row[3] > 0 or row[1:3] == ("point", "recursive")]
+    wanted = [row for row in every if row[3] > 0 or row[1:3] == ("point", "recursive")]
+    return [row for row in wanted if row[0] != CHAIN or row[1] in ("without_replacement", "point")]
 
 
 def main() -> None:
@@ -50,15 +61,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--batch", type=int, default=8, help="prompts at once")
     parser.add_argument("--temperature", type=float, action="append")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop before a prompt after this time")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop before a batch after this time")
     parser.add_argument("--output", type=Path, default=ROWS)
     parser.add_argument("--table", action="store_true", help="print the table from the rows there are")
     options = parser.parse_args()
     if options.table:
-        print(table(rows_of(options.output)))
+        print(table(harness.read(options.output)))
     else:
         measure(options)
 
@@ -69,47 +81,75 @@ def measure(options: argparse.Namespace) -> None:
     target, draft, tokenizer = default_pair(options.dtype)
     target = target.to(options.device)
     run = {"tokens": options.tokens, "dtype": options.dtype, "device": options.device}
-    done = {key_of(row) for row in rows_of(options.output)}
+    about = {"target": DEFAULT_TARGET, "draft": DEFAULT_DRAFT, "date": time.strftime("%Y-%m-%d")}
+    about |= {"commit": harness.commit(), "machine": harness.machine()}
+    done = {key_of(row) for row in harness.read(options.output)}
     options.output.parent.mkdir(exist_ok=True)
-    with options.output.open("a") as out:
-        for number, prompt in enumerate(PROMPTS[: options.prompts]):
-            chat = [{"role": "user", "content": prompt}]
-            inputs = tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            ).to(options.device)
+    numbers = range(min(options.prompts, len(PROMPTS)))
+    with options.output.open("a+") as out:
+        out.seek(max(0, out.tell() - 1))
+        if out.read(1) not in ("", "\n"):  # the last run was cut off in a line
+            out.write("\n")
+        for first in numbers[:: options.batch]:
+            block = numbers[first : first + options.batch]
             for shape, proposal, rule, temperature in settings_of(options.temperature or list(TEMPERATURES)):
                 if time.monotonic() - start > 60 * options.minutes:
                     return
-                row: dict[str, Any] = {"prompt": number, "branching": list(shape), "proposal": proposal}
-                row |= {"rule": rule, "temperature": temperature, **run}
-                if key_of(row) in done:
+                setting: dict[str, Any] = {"branching": list(shape), "proposal": proposal}
+                setting |= {"rule": rule, "temperature": temperature, **run}
+                left = [number for number in block if key_of({"prompt": number, **setting}) not in done]
+                if not left:
                     continue
-                stats = mcsd.generate(
+                counts = [Counts() for _ in left]
+                mcsd.generate(
                     target,
                     draft,
-                    **inputs,
+                    **chats(tokenizer, [PROMPTS[number] for number in left]).to(options.device),
                     branching=shape,
                     proposal=proposal,
                     rule=rule,
                     temperature=temperature,
                     max_new_tokens=options.tokens,
-                    seed=number,
-                ).stats
-                row |= {"emitted": stats.tokens, "calls": stats.request_calls}
-                row |= {"accepted_by_depth": stats.accepted_by_depth, "tested_by_depth": stats.tested_by_depth}
-                out.write(json.dumps({"bench": "shapes", **row, "machine": harness.machine()}) + "\n")
+                    seed=left,
+                    observer=partial(observe, counts),
+                )
+                for number, count in zip(left, counts, strict=True):
+                    row = {"bench": "shapes", "prompt": number, **setting, **asdict(count)}
+                    out.write(json.dumps({**row, **about}) + "\n")
                 out.flush()
-            print(f"prompt {number + 1} of {options.prompts}", flush=True)
+            print(f"prompt {block[-1] + 1} of {len(numbers)}", flush=True)
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; a last line that was cut off is left out."""
-    if not path.exists():
-        return []
-    whole, _, torn = path.read_text().rpartition("\n")
-    if torn:
-        path.write_text(whole + "\n" if whole else "")
-    return [json.loads(line) for line in whole.splitlines()]
+@dataclass
+class Counts:
+    """What one request's calls gave; the last one is not cut at the end of the text.
+
+    Args:
+        emitted: tokens that `verify` returned.
+        calls: target calls.
+        by_depth: entry d: calls that accepted d nodes below the root.
+    """
+
+    emitted: int = 0
+    calls: int = 0
+    by_depth: list[int] = field(default_factory=list)
+
+
+def observe(counts: list[Counts], state: State, tree: Proposal, logits: torch.Tensor, verified: Verified) -> None:
+    """Count one step of a batch."""
+    for count, active, length in zip(counts, state.active, verified.length.tolist(), strict=True):
+        if active:
+            count.emitted += length
+            count.calls += 1
+            count.by_depth += [0] * (length - len(count.by_depth))
+            count.by_depth[length - 1] += 1
+
+
+def chats(tokenizer: Any, prompts: list[str]) -> Any:
+    """The prompts as user turns, tokenized and padded on the left."""
+    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    texts = [tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) for turn in turns]
+    return tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -131,30 +171,17 @@ def table(rows: list[dict[str, Any]], samples: int = 2000) -> str:
     for key in sorted(found, key=lambda k: (-k[0], PROPOSALS.index(k[1]), RULES.index(k[2]), SHAPES.index(k[3]))):
         prompts = sorted(found[key])
         counts = np.array([found[key][prompt] for prompt in prompts], float)
-        mean, low, high = interval(counts, None, samples)
-        chain = found.get((*key[:3], (1, 1, 1, 1)), {})
+        mean, low, high = harness.interval(counts, None, samples)
+        chain = found.get((key[0], key[1] if key[1] == "point" else "without_replacement", key[2], CHAIN), {})
         shared = [prompt for prompt in prompts if prompt in chain]
         against = "| | |"
-        if shared and len(key[3]) == 4 and key[3] != (1, 1, 1, 1):
+        if shared and len(key[3]) == 4 and key[3] != CHAIN:
             own = np.array([found[key][prompt] for prompt in shared], float)
-            ratio = interval(own, np.array([chain[prompt] for prompt in shared], float), samples)
+            ratio = harness.interval(own, np.array([chain[prompt] for prompt in shared], float), samples)
             against = f"| {ratio[0]:.3f} | {ratio[1]:.3f} to {ratio[2]:.3f} |"
         name = f"| {key[0]:g} | {key[1]} | {key[2]} | {','.join(map(str, key[3]))} |"
         lines.append(f"{name} {len(prompts)} | {mean:.3f} | {low:.3f} to {high:.3f} {against}")
     return "\n".join(lines)
-
-
-def interval(counts: Any, over: Any, samples: int) -> tuple[float, float, float]:
-    """Tokens per call, or its ratio to another setting's on the same prompts, with its bootstrap interval."""
-    random = np.random.default_rng(0)
-    picks = random.integers(0, len(counts), (samples, len(counts)))
-
-    def value(some: Any) -> Any:
-        rate = counts[some, 0].sum(-1) / counts[some, 1].sum(-1)
-        return rate if over is None else rate / (over[some, 0].sum(-1) / over[some, 1].sum(-1))
-
-    low, high = np.quantile(value(picks), [0.025, 0.975])
-    return float(value(np.arange(len(counts)))), float(low), float(high)
 
 
 if __name__ == "__main__":
