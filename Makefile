@@ -4,6 +4,8 @@ PYTHON ?= python3
 PROMPT ?= Explain in three sentences why the sky is blue.
 # Options for pytest, for instance `make test-main PYTEST_ARGS="-k verify -x"`.
 PYTEST_ARGS ?=
+# Options for `python bench`, for instance `make bench BENCH_ARGS="--skip shapes"`.
+BENCH_ARGS ?=
 # The CPU build of torch leaves the version open; a GPU build has brought its own by the time this is looked at.
 TRITON = triton==3.9.0; sys_platform == 'linux' and platform_machine == 'x86_64'
 
@@ -19,14 +21,15 @@ INTERPRETER_TESTS = tests/test_triton_*.py
 override PROMPT := $(value PROMPT)
 export PROMPT
 
-.PHONY: help demo test test-main test-interpreter lint format bench lossless robustness clean distclean
+.PHONY: help demo test test-main test-interpreter lint format bench report lossless robustness clean distclean
 
 help:
 	@echo 'make demo PROMPT="..."  generate text, with plain decoding beside it'
 	@echo 'make test               the test suite, in two processes: test-main, test-interpreter'
 	@echo 'make lint               ruff and mypy'
 	@echo 'make format             let ruff rewrite the sources'
-	@echo 'make bench              the microbenchmarks'
+	@echo 'make bench              every benchmark that this machine can run; BENCH_ARGS=--list says how long'
+	@echo 'make report             tables and figures of the pages, from the rows in bench/results'
 	@echo 'make lossless           write LOSSLESS.md: what was proved, and what the proof can see'
 	@echo 'make robustness         100,000 random calls of verify, and 20,000 tokens with flat memory'
 	@echo 'make clean              remove caches and build products; distclean: .venv too'
@@ -59,7 +62,10 @@ format: $(VENV)/.develop
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.develop
-	$(TEST_ENV) $(BIN)/python -m pytest bench --benchmark-only $(PYTEST_ARGS)
+	$(BIN)/python bench $(BENCH_ARGS)
+
+report: $(VENV)/.develop
+	$(BIN)/python bench/report.py
 
 lossless: $(VENV)/.develop
 	$(TEST_ENV) $(BIN)/python scripts/lossless.py

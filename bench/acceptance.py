@@ -60,21 +60,33 @@ def main() -> None:
         for i in range(0, len(chats), options.batch)
     ]
     drafts = {name: load_draft(name, target) for name in options.draft or [DEFAULT_DRAFT]}
+
+    def about(name: str, temperature: float) -> dict[str, Any]:
+        return {
+            "bench": "acceptance",
+            "target": options.target,
+            "draft": name,
+            "prompts": options.prompts.name if options.prompts else "bench/prompts.py",
+            "count": len(texts),
+            "max_new_tokens": options.tokens,
+            "temperature": temperature,
+            "dtype": options.dtype,
+        }
+
     for temperature in options.temperature or [1.0]:
+        missing = {
+            name: draft
+            for name, draft in drafts.items()
+            if not harness.recorded("acceptance", [about(name, temperature)])
+        }
+        if not missing:
+            print(f"temperature {temperature}: there are rows of this code and machine")
+            continue
         written = [
             row for n, b in enumerate(batches) for row in continuations(target, b, options.tokens, temperature, n)
         ]
-        for name, draft in drafts.items():
-            row: dict[str, Any] = {
-                "bench": "acceptance",
-                "target": options.target,
-                "draft": name,
-                "prompts": options.prompts.name if options.prompts else "bench/prompts.py",
-                "count": len(texts),
-                "max_new_tokens": options.tokens,
-                "temperature": temperature,
-                "dtype": options.dtype,
-            }
+        for name, draft in missing.items():
+            row = about(name, temperature)
             if temperature:
                 overlap, top = overlaps(target, draft, written, options.depths, temperature)
                 row["overlap_by_depth"] = [interval(values) for values in overlap]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mcsd.trees import TreeShape
+from mcsd.trees import StaticTree, parents_of
 from mcsd_kernels import draw_candidates, draw_uniforms
 
 # Gaussian logits of this spread, and a draft this far from the target: overlap sum min(p, q) of about 0.6
@@ -32,7 +32,7 @@ class Inputs:
 def make(branching: tuple[int, ...], vocab: int, batch: int = 1, calls: int = 32, seed: int = 0) -> Inputs:
     """Float32 inputs of `[batch, nodes, vocab]`."""
     random = torch.Generator().manual_seed(seed)
-    shape = TreeShape.of(branching)
+    shape = StaticTree.of(parents_of(branching))
     target = torch.randn(batch, shape.nodes, vocab, generator=random) * SPREAD
     draft = target + torch.randn(batch, shape.nodes, vocab, generator=random) * DISTANCE
     seeds = torch.arange(batch) + seed
@@ -40,7 +40,7 @@ def make(branching: tuple[int, ...], vocab: int, batch: int = 1, calls: int = 32
     drawn = []
     for step in range(calls):
         tokens = torch.zeros(batch, shape.nodes, dtype=torch.long)
-        for node in range(shape.inner):
+        for node in shape.inner.tolist():
             first, width = parents.index(node), parents.count(node)
             nodes = torch.full((batch,), node)
             tokens[:, first : first + width] = draw_candidates(draft[:, node], width, seeds, step, nodes=nodes)

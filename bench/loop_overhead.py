@@ -1,10 +1,11 @@
 """What a cycle of `generate` costs outside the model forwards, on a CPU: CPU time, one thread, SmolLM2-135M.
 
-python bench/loop_overhead.py
+python bench/loop_overhead.py [--tokens 96]
 """
 
 from __future__ import annotations
 
+import argparse
 import time
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 
 import mcsd
 from mcsd.draft_model import load_draft
-from mcsd.models import load_target
+from mcsd.models import DEFAULT_TARGET, load_target
 
+DRAFT = "smollm2-draft"  # a model, whose forwards can be told from the rest
 PROMPT = "Explain in three sentences why the sky is blue."
 
 
@@ -41,18 +43,32 @@ class ForwardClock:
 
 def main() -> None:
     """Print and record one row a tree shape and temperature."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=96)
+    tokens = parser.parse_args().tokens
     torch.set_num_threads(1)
     target, tokenizer = load_target(dtype="float32")
-    draft = load_draft("smollm2-draft", target)  # a model, whose forwards can be told from the rest
+    draft = load_draft(DRAFT, target)
     chat = [{"role": "user", "content": PROMPT}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     for branching in ((2,), (4,), (4, 2, 2), (1, 1, 1, 1)):
         for temperature in (1.0, 0.0):
             options: dict[str, Any] = {"branching": branching, "temperature": temperature}
+            about = {
+                "bench": "loop-overhead-cpu",
+                "target": DEFAULT_TARGET,
+                "draft": DRAFT,
+                "dtype": "float32",
+                "max_new_tokens": tokens,
+                **options,
+            }
+            if harness.recorded("loop_overhead", [about]):
+                print(f"{branching}, {temperature}: there is a row of this code and machine")
+                continue
             mcsd.generate(target, draft, **inputs, max_new_tokens=8, **options)
             clock = ForwardClock(target, draft)
             start = time.process_time()
-            stats = mcsd.generate(target, draft, **inputs, max_new_tokens=96, **options).stats
+            stats = mcsd.generate(target, draft, **inputs, max_new_tokens=tokens, **options).stats
             total = time.process_time() - start
             clock.close()
             outside = (total - clock.seconds) / stats.target_calls * 1e3
@@ -60,9 +76,7 @@ def main() -> None:
             harness.record(
                 "loop_overhead",
                 {
-                    "bench": "loop-overhead-cpu",
-                    "branching": branching,
-                    "temperature": temperature,
+                    **about,
                     "milliseconds_outside_forwards_per_cycle": round(outside, 3),
                     "cycles": stats.target_calls,
                     "wall_milliseconds_per_cycle_by_phase": phases,

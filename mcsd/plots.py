@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,25 @@ from typing import Any
 from .profile import Profile
 
 FORMATS = (".svg", ".png", ".pdf")
+
+# Okabe and Ito's colours, which the colour-blind can tell apart: blue, vermilion, green, purple, orange, sky blue
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# An opaque ground is legible on a dark page too; text stays text and names do not change, so a picture drawn twice is
+# the same twice.
+_STYLE = {
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": "medium",
+    "figure.facecolor": "white",
+    "font.size": 9,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "savefig.facecolor": "white",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mcsd",
+}
+# What the formats would say about the time of drawing
+_UNDATED: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
 
 
 def check_picture(path: str | PathLike[str]) -> Path:
@@ -74,8 +94,11 @@ def plot_profile(profile: Profile, picture: str | PathLike[str]) -> None:
         profile: of `mcsd tune`.
         picture: where to draw.
     """
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    with drawing(picture) as (_, axes):
+        _draw_profile(axes, profile)
+
+
+def _draw_profile(axes: Any, profile: Profile) -> None:
     sizes = [row["nodes"] for row in profile.curve]
     axes.plot(sizes, [row["predicted_tokens_per_second"] for row in profile.curve], "-", label="predicted, best tree")
     measured = [row for row in profile.curve if row.get("tokens_per_second")]
@@ -112,8 +135,7 @@ def plot_profile(profile: Profile, picture: str | PathLike[str]) -> None:
             f"{settings.get('device')}, temperature {settings.get('temperature')}",
             fontsize=9,
         )
-    axes.legend(fontsize=8)
-    _save(plt, figure, picture)
+    axes.legend()
 
 
 def plot_diagnostics(summary: dict[str, Any], picture: str | PathLike[str]) -> None:
@@ -123,8 +145,11 @@ def plot_diagnostics(summary: dict[str, Any], picture: str | PathLike[str]) -> N
         summary: of `diagnostics.summarise`.
         picture: where to draw.
     """
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    with drawing(picture) as (_, axes):
+        _draw_diagnostics(axes, summary)
+
+
+def _draw_diagnostics(axes: Any, summary: dict[str, Any]) -> None:
     lines: Sequence[tuple[str, str, str]] = (
         ("optimum_without", "best possible, without replacement", "^--"),
         ("optimum_with", "best possible, with replacement", "v--"),
@@ -145,8 +170,35 @@ def plot_diagnostics(summary: dict[str, Any], picture: str | PathLike[str]) -> N
         f"MCSD's acceptance rate {summary['mcsd_acceptance_rate']:.2f}",
         fontsize=9,
     )
-    axes.legend(fontsize=8)
-    _save(plt, figure, picture)
+    axes.legend()
+
+
+@contextmanager
+def drawing(
+    picture: str | PathLike[str], size: tuple[float, float] = (7, 4.2), about: str | None = None, **layout: Any
+) -> Iterator[tuple[Any, Any]]:
+    """A figure and its axes, in this project's style, saved at the end: the same bytes whenever it is drawn.
+
+    Args:
+        picture: where to draw; the ending says the format.
+        size: in inches.
+        about: what an SVG's metadata say of it.
+        layout: for matplotlib's `subplots`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    plt = _pyplot()
+    colours = plt.cycler(color=COLOURS)
+    with plt.rc_context({**_STYLE, "axes.prop_cycle": colours}):
+        figure, axes = plt.subplots(figsize=size, layout="constrained", **layout)
+        try:
+            yield figure, axes
+            ending = Path(picture).suffix.lower()
+            described = {"Description": about} if about and ending == ".svg" else {}
+            figure.savefig(picture, metadata={**_UNDATED.get(ending, {}), **described})
+        finally:
+            plt.close(figure)
 
 
 def _error(row: dict[str, Any]) -> float:
@@ -156,13 +208,6 @@ def _error(row: dict[str, Any]) -> float:
 
 def _short(name: Any) -> str:
     return str(name).rstrip("/").rpartition("/")[2]
-
-
-def _save(plt: Any, figure: Any, picture: str | PathLike[str]) -> None:
-    try:
-        figure.savefig(picture, metadata={"Date": None} if str(picture).endswith(".svg") else None)
-    finally:
-        plt.close(figure)
 
 
 def _pyplot() -> Any:
