@@ -427,9 +427,10 @@ def draw(weights: torch.Tensor, masses: Array, u_block: list[float], u_place: li
     chosen = [first_above(mass, u) for mass, u in zip(masses, u_block, strict=True)]
     index = torch.tensor(chosen, device=weights.device).clamp(min=0)
     inside = host(blocks[torch.arange(len(chosen), device=weights.device), index])
+    places = [first_above(row, v) for row, v in zip(inside, u_place, strict=True)]
     return [
-        None if block < 0 else block * DRAW_BLOCK + first_above(row, v)
-        for block, row, v in zip(chosen, inside, u_place, strict=True)
+        block * DRAW_BLOCK + place if min(block, place) >= 0 else None
+        for block, place in zip(chosen, places, strict=True)
     ]
 
 
@@ -445,7 +446,8 @@ def pick(masses: Array, blocks: Array | torch.Tensor, u_block: float, u_place: f
     if block < 0:
         return None
     inside = blocks[block]
-    return block * DRAW_BLOCK + first_above(host(inside) if isinstance(inside, torch.Tensor) else inside, u_place)
+    place = first_above(host(inside) if isinstance(inside, torch.Tensor) else inside, u_place)
+    return block * DRAW_BLOCK + place if place >= 0 else None  # numbers that are no weights may sum up differently
 
 
 def first_above(weights: Array, u: float) -> int:
