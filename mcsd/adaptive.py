@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 
 import torch
 from transformers import PreTrainedModel
 
-from .drafters import ModelDrafter, Proposal, State
+from .drafters import Drafter, LevelDrafter, ModelDrafter, Proposal, State
 from .profile import Ladder, Profile
 
 PRIOR = 8.0
@@ -18,8 +20,8 @@ DECAY = 0.95
 """A step's weight falls by this factor with each later one, so that what is seen now counts most."""
 
 
-class AdaptiveDrafter(ModelDrafter):
-    """A model drafter whose trees grow where much was accepted so far and shrink where little was.
+class AdaptiveDrafter(Drafter):
+    """A drafter whose trees grow where much was accepted so far and shrink where little was.
 
     All trees are the first nodes of one, the ladder's largest, whose nodes are ordered by the probability of being
     accepted. Before each step a request chooses the size of most tokens a second: with a factor r of how much more than
@@ -36,20 +38,21 @@ class AdaptiveDrafter(ModelDrafter):
     on its own past and not on the sizes that its neighbours chose.
 
     Args:
-        model: a causal language model.
+        draft: a causal language model, or a drafter that grows trees level by level (`LevelDrafter`).
         profile: of `mcsd tune`, its file, or a `Ladder`.
-        proposal: how siblings are drawn; None: as the ladder says.
+        proposal: how siblings are drawn; None: as the ladder says, and "point" where `mcsd.generate` decodes at
+            temperature 0, at which a drawn draft has a single candidate.
         prior: tested levels that the profile's acceptance counts as.
         decay: weight of a step after one more step, in (0, 1].
-        attention: "auto", "tree" or "dense", as in `mcsd.generate`.
+        attention: of a model, as in `mcsd.generate`.
 
     Raises:
-        ValueError: a number is out of range, or the profile has no ladder.
+        ValueError: a number is out of range, the profile has no ladder, or the draft takes no trees.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        draft: PreTrainedModel | LevelDrafter,
         profile: Profile | Ladder | str | PathLike[str],
         *,
         proposal: str | None = None,
@@ -66,13 +69,32 @@ class AdaptiveDrafter(ModelDrafter):
             raise ValueError(f"decay: expected a number in (0, 1], got {decay!r}")
         if proposal == "greedy":
             raise ValueError('proposal: expected another than "greedy", whose siblings depend on how many there are')
-        super().__init__(model, proposal=proposal or ladder.proposal, attention=attention, parents=ladder.parents)
+        own = proposal or ladder.proposal
+        self.drafter: LevelDrafter
+        if isinstance(draft, PreTrainedModel):
+            self.drafter = ModelDrafter(draft, proposal=own, attention=attention, parents=ladder.parents)
+        elif isinstance(draft, LevelDrafter):
+            self.drafter = draft.with_tree(ladder.parents, own)
+        else:
+            raise ValueError(f"draft: expected a model or a drafter that takes any tree, got {draft!r}")
         self.ladder, self.prior, self.decay = ladder, prior, decay
+        self.proposal, self.parents, self.branching = own, ladder.parents, None
+        self.reads_hidden, self.reads_cache = self.drafter.reads_hidden, self.drafter.reads_cache
+        self._told = proposal is not None
         self._by_depth = [_depth_values(ladder, size) for size in ladder.sizes]
+
+    def with_branching(self, branching: Sequence[int], proposal: str) -> AdaptiveDrafter:
+        """This drafter, whose trees are its ladder's; with "point" if that is wanted and no proposal was given."""
+        if self._told or proposal != "point":
+            return self
+        other = copy.copy(self)
+        other.proposal, other.drafter = proposal, self.drafter.with_tree(self.parents, proposal)
+        return other
 
     def begin(self, state: State) -> None:
         """Every request starts with the profile's own acceptance."""
-        super().begin(state)
+        self.drafter.alone = self.alone
+        self.drafter.begin(state)
         batch = len(state.sequences)
         self._accepted, self._expected = [0.0] * batch, [0.0] * batch
         self._lengths = [len(sequence) for sequence in state.sequences]
@@ -88,19 +110,25 @@ class AdaptiveDrafter(ModelDrafter):
                     self._rungs[request] = self._best(request)
                 self._lengths[request] = len(sequence)
         self._steps += 1
-        proposal = super().propose(state)
-        nodes = proposal.tokens.shape[1]
         sizes = [self.ladder.sizes[rung] for rung in self._rungs]
+        nodes = max(
+            (size for size, active in zip(sizes, state.active, strict=True) if active), default=self.ladder.sizes[0]
+        )
+        self.drafter.nodes = nodes
+        proposal = self.drafter.propose(state)
         if min(sizes) >= nodes:
             return proposal
         own = torch.tensor(sizes, device=state.device)[:, None]
         number = torch.arange(nodes, device=state.device)
         return replace(proposal, tokens=torch.where(number < own, proposal.tokens, -1))
 
-    def tree(self, state: State) -> tuple[int, ...]:
-        """The largest tree that a request still generating chose."""
-        chosen = [rung for rung, active in zip(self._rungs, state.active, strict=True) if active]
-        return self.parents[: self.ladder.sizes[max(chosen, default=0)]]
+    def keep(self, state: State, path: torch.Tensor, length: torch.Tensor) -> None:
+        """Tell the drafter."""
+        self.drafter.keep(state, path, length)
+
+    def end(self) -> None:
+        """Tell the drafter."""
+        self.drafter.end()
 
     def factor(self, request: int) -> float:
         """How much more than the profile says the request accepted lately."""

@@ -92,7 +92,8 @@ def generate(
             "without_replacement", and "point" at temperature 0, where a sampled draft has a single candidate.
         rule: "recursive" or "traversal". None: the profile's, else "recursive".
         profile: what `mcsd tune` found for this pair on this machine, or its file: the tree comes from it in place of
-            `branching`, and so do `proposal` and `rule` where they are None. Needs a draft model.
+            `branching`, and so do `proposal` and `rule` where they are None. Needs a draft model, or a drafter that
+            takes any tree.
         eos_token_id: token or tokens that end a request. None: the generation configuration's.
         pad_token_id: for the right end of `sequences`. None: the generation configuration's, else the first
             end-of-sequence token, else 0.
@@ -128,7 +129,7 @@ def generate(
     if profile is not None:
         tuned = Profile.load(profile)
         if not isinstance(draft, PreTrainedModel) and not hasattr(draft, "with_tree"):
-            raise ValueError(f"profile: expected a draft model beside it, got draft = {draft!r}")
+            raise ValueError(f"profile: expected a draft model or a drafter that takes any tree, got draft = {draft!r}")
         own = tuned.proposal if isinstance(temperature, torch.Tensor) else tuned.proposal_at(temperature)
         parents, proposal, rule = tuned.parents, proposal or own, rule or tuned.rule
     drafter = _drafter(target, draft, branching, proposal, attention, temperature, parents)
@@ -261,6 +262,11 @@ def _score(scorer: Scorer, state: State, tree: Proposal) -> torch.Tensor:
 
 def _verify(logits: torch.Tensor, state: State, tree: Proposal, proposal: str, rule: str) -> Verified:
     """`mcsd_kernels.verify` of the tree; nodes that were not scored have no row."""
+    if logits.shape[-1] != state.vocab:
+        raise ValueError(
+            f"target: expected logits over its {state.vocab} tokens, got {logits.shape[-1]}; a tensor-parallel plan "
+            f"must gather the head's output (colwise_gather_output)"
+        )
     target_rows = None
     batch, nodes = tree.tokens.shape
     if logits.shape[1] < nodes:
@@ -511,11 +517,13 @@ def _drafter(
             raise ValueError(f"draft: expected the target's vocabulary of {widths[1]} tokens, got {widths[0]}")
         proposal = proposal or ("point" if greedy else "without_replacement")
         return ModelDrafter(draft, branching, proposal, attention, parents=parents)
-    if hasattr(draft, "with_branching") and not isinstance(draft, type):
-        wanted = proposal or ("point" if greedy else "without_replacement")
-        draft = draft.with_branching(branching, wanted) if parents is None else draft.with_tree(parents, wanted)
     if isinstance(draft, type) or not hasattr(draft, "propose"):
         raise ValueError(f'draft: expected a model, a Drafter object or "ngram", got {draft!r}')
+    wanted = proposal or ("point" if greedy else "without_replacement")
+    if parents is not None:
+        draft = draft.with_tree(parents, wanted)
+    elif hasattr(draft, "with_branching"):
+        draft = draft.with_branching(branching, wanted)
     own = getattr(draft, "proposal", "point")
     check.choice("draft.proposal", own, PROPOSALS)
     if proposal is not None and proposal != own:

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from .adaptive import AdaptiveDrafter
 from .decode import _drafter, generate
 from .draft_model import BUNDLED_DRAFTS, DEFAULT_DRAFT, WEIGHTS_FILE, load_draft
-from .drafters import Drafter, FeatureDrafter, ModelDrafter, NgramDrafter
+from .drafters import Drafter, LevelDrafter, NgramDrafter
 from .models import DEFAULT_TARGET, load_target
 from .settings import DEFAULT_BRANCHING, OTHER_BRANCHING, Settings
 from .stats import Stats
@@ -141,8 +141,7 @@ class Pair:
         parents = settings.tuned.parents if settings.tuned else None
         self.drafter: Drafter
         if settings.adaptive and settings.tuned:
-            if not isinstance(draft, PreTrainedModel):
-                raise ValueError(f"adaptive: expected a draft model, got draft = {self.draft_name}")
+            assert not isinstance(draft, str), "refused above"
             own = "point" if settings.temperature == 0 else None
             self.drafter = AdaptiveDrafter(draft, settings.tuned, proposal=own)
         else:
@@ -160,7 +159,7 @@ class Pair:
     @property
     def tree(self) -> str:
         """The shape of the trees, in words."""
-        if isinstance(self.drafter, (ModelDrafter, FeatureDrafter)):
+        if isinstance(self.drafter, (LevelDrafter, AdaptiveDrafter)):
             shape = StaticTree.of(self.drafter.parents)
             name = ",".join(map(str, self.drafter.branching or ())) or "of the profile"
             most = "at most " if isinstance(self.drafter, AdaptiveDrafter) else ""
@@ -304,7 +303,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    # RuntimeError: a name that torch does not know, or no such device; AssertionError: a build without CUDA or XPU;
+    # ImportError: a kind of device that a package of its own would bring ("hpu")
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"device: expected one that this machine has, got {name!r} ({_first_line(error)})") from None
     return device
 

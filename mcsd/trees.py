@@ -14,54 +14,6 @@ from mcsd_kernels.tree import unpack_bits
 
 
 @dataclass(frozen=True)
-class TreeShape:
-    """A tree given by its branching factors, nodes numbered level by level.
-
-    Args:
-        branching: children of a node at depth 0, 1, ...
-        parents: `[nodes]` int32, -1 for the root.
-        depth: `[nodes]` int64.
-        ancestors: `[1, nodes, words]` int32, see `ancestor_bits`.
-        levels: where each depth's nodes start, and after them the number of nodes.
-    """
-
-    branching: tuple[int, ...]
-    parents: torch.Tensor
-    depth: torch.Tensor
-    ancestors: torch.Tensor
-    levels: tuple[int, ...]
-
-    @property
-    def nodes(self) -> int:
-        """The root included."""
-        return self.levels[-1]
-
-    @property
-    def inner(self) -> int:
-        """Nodes that have children: the first ones."""
-        return self.levels[-2]
-
-    @staticmethod
-    @lru_cache(maxsize=256)
-    def of(branching: tuple[int, ...], device: torch.device | str = "cpu") -> TreeShape:
-        """The tree in which every node at depth d has `branching[d]` children."""
-        parents, depths, levels = [-1], [0], [0, 1]
-        for depth, width in enumerate(branching, 1):
-            for node in range(levels[-2], levels[-1]):
-                parents += [node] * width
-            depths += [depth] * (len(parents) - levels[-1])
-            levels.append(len(parents))
-        parent_tensor = torch.tensor(parents, dtype=torch.int32, device=device)
-        return TreeShape(
-            branching,
-            parent_tensor,
-            torch.tensor(depths, device=device),
-            ancestor_bits(parent_tensor),
-            tuple(levels),
-        )
-
-
-@dataclass(frozen=True)
 class Draw:
     """Nodes of one level whose children are drawn by one call.
 
@@ -96,6 +48,7 @@ class StaticTree:
         slots: `[nodes]` int64, each node's place in `inner`; -1 for a leaf.
         levels: where each depth's part of `inner` begins, and after them its length.
         level_nodes: each depth's part of `inner`, a slice where the numbers follow each other.
+        above: for each depth, where its inner nodes' parents stand among the inner nodes one level up; 0 for the root.
         inner_depth: `[inner]` int64.
         ancestors: `[1, inner, words]` int32, among inner nodes, see `ancestor_bits`.
         draws: for each depth, the calls that draw the children of its inner nodes.
@@ -109,6 +62,7 @@ class StaticTree:
     slots: torch.Tensor
     levels: tuple[int, ...]
     level_nodes: tuple[torch.Tensor | slice, ...]
+    above: tuple[torch.Tensor, ...]
     inner_depth: torch.Tensor
     ancestors: torch.Tensor
     draws: tuple[tuple[Draw, ...], ...]
@@ -154,6 +108,10 @@ class StaticTree:
             torch.tensor([slots.get(node, -1) for node in range(len(parents))], device=device),
             tuple(levels),
             tuple(_index(inner[first:after], device) for first, after in pairwise(levels)),
+            tuple(
+                torch.tensor([slots.get(parents[node], up) - up for node in inner[first:after]], device=device)
+                for up, (first, after) in zip([0, *levels], pairwise(levels), strict=False)
+            ),
             torch.tensor([depths[node] for node in inner], device=device),
             ancestor_bits(among),
             tuple(draws),
@@ -225,9 +183,10 @@ def check_branching(branching: Sequence[int], largest: int = 1024) -> tuple[int,
     return factors
 
 
+@lru_cache(maxsize=256)
 def chain_bits(length: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """`[1, length, words]` int32: the ancestors of each node of a chain, which is what plain text is."""
-    return TreeShape.of((1,) * (length - 1), device).ancestors
+    return ancestor_bits(torch.arange(-1, length - 1, dtype=torch.int32, device=device))
 
 
 @lru_cache(maxsize=256)

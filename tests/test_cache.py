@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 import mcsd
 from mcsd.cache import BLOCK, Prefix, TreeCache
 from mcsd.scoring import PREFILL_CHUNK, Scorer
-from mcsd.trees import TreeShape, chain_bits, columns
+from mcsd.trees import StaticTree, chain_bits, columns, parents_of
 from tests.tiny import greedy, pad, perturbed, plain_logits, prompt, tiny
 
 CAPACITY = 24
@@ -187,7 +188,7 @@ def test_a_model_that_drops_the_tree_keeps_whole_windows() -> None:
 
 def test_the_first_tree_may_bring_the_prompt_along() -> None:
     model = tiny()
-    shape = TreeShape.of((3, 2, 2))
+    shape = StaticTree.of(parents_of((3, 2, 2)))
     for length, chunk in ((45, 512), (45, 20), (40, 20), (1, 20)):
         texts = [prompt(length, 1), prompt(length, 2)]
         nodes = torch.tensor([prompt(shape.nodes, 3), prompt(shape.nodes, 4)])
@@ -201,12 +202,12 @@ def test_the_first_tree_may_bring_the_prompt_along() -> None:
             for scorer, join in ((apart, False), (joined, True)):
                 calls.clear()
                 scorer.prefill(columns(texts, scorer.device), [length] * 2, join=join)
-                found.append(scorer.score(nodes, shape.ancestors, shape.depth, [length] * 2))
+                found.append(scorer.score(nodes, shape.node_ancestors, shape.node_depth, [length] * 2))
                 counts.append(len(calls))
                 # and a second tree, after a path of the first was kept
                 path = torch.tensor([[0, 2, 6, 13], [0, 3, -1, -1]])
                 scorer.keep(prefix_of([length] * 2), path, torch.tensor([4, 2]))
-                found.append(scorer.score(nodes, shape.ancestors, shape.depth, [length + 4, length + 2]))
+                found.append(scorer.score(nodes, shape.node_ancestors, shape.node_depth, [length + 4, length + 2]))
         hook.remove()
         assert counts[1] == counts[0] - 1
         assert (found[0] - found[2]).abs().max() < 1e-4 and (found[1] - found[3]).abs().max() < 1e-4
@@ -273,7 +274,7 @@ def test_more_is_read_after_what_is_there() -> None:
 
 def test_a_tree_may_be_scored_in_parts() -> None:
     model = tiny()
-    shape = TreeShape.of((3, 2, 2))
+    shape = StaticTree.of(parents_of((3, 2, 2)))
     texts = [prompt(11, 1), prompt(5, 2)]
     nodes = torch.tensor([prompt(shape.nodes, 3), prompt(shape.nodes, 4)])
     prefix = [11, 5]
@@ -282,17 +283,17 @@ def test_a_tree_may_be_scored_in_parts() -> None:
     with torch.inference_mode(), whole.attending():
         for scorer in (whole, parts):
             scorer.prefill(columns(texts, scorer.device), prefix)
-        at_once = whole.score(nodes, shape.ancestors, shape.depth, prefix)
+        at_once = whole.score(nodes, shape.node_ancestors, shape.node_depth, prefix)
         levels = [
-            parts.score(nodes[:, a:b], shape.ancestors[:, a:b], shape.depth[a:b], prefix, offset=a)
-            for a, b in zip(shape.levels, shape.levels[1:], strict=False)
+            parts.score(nodes[:, a:b], shape.node_ancestors[:, a:b], shape.node_depth[a:b], prefix, offset=a)
+            for a, b in pairwise((0, 1, 4, 10, 22))
         ]
     assert (torch.cat(levels, 1) - at_once).abs().max() < 1e-4
 
 
 def test_missing_candidates_disturb_nobody() -> None:
     model = tiny()
-    shape = TreeShape.of((2, 2))
+    shape = StaticTree.of(parents_of((2, 2)))
     text = prompt(9, 1)
     tokens = torch.tensor([prompt(shape.nodes, 3)])
     missing = tokens.clone()
@@ -300,7 +301,7 @@ def test_missing_candidates_disturb_nobody() -> None:
     scorer = Scorer(model, 40)
     with torch.inference_mode(), scorer.attending():
         scorer.prefill(torch.tensor([text]), [9])
-        full = scorer.score(tokens, shape.ancestors, shape.depth, [9])
-        holes = scorer.score(missing, shape.ancestors, shape.depth, [9])
+        full = scorer.score(tokens, shape.node_ancestors, shape.node_depth, [9])
+        holes = scorer.score(missing, shape.node_ancestors, shape.node_depth, [9])
     others = [0, 2, 5, 6]
     assert torch.allclose(full[0, others], holes[0, others], atol=1e-5)

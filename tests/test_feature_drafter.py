@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -67,7 +68,8 @@ class Watched(FeatureDrafter):
 
     def propose(self, state: State) -> Proposal:
         proposal = super().propose(state)
-        self.seen.append(([list(s) for s in state.sequences], list(state.active), proposal))
+        held = replace(proposal, draft_logits=proposal.draft_logits.clone())  # the next step takes the same memory
+        self.seen.append(([list(s) for s in state.sequences], list(state.active), held))
         return proposal
 
 

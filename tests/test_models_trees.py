@@ -12,7 +12,7 @@ import mcsd
 from mcsd.attention import TreeStep, tree_attention_in
 from mcsd.cache import Prefix, TreeCache
 from mcsd.scoring import Scorer
-from mcsd.trees import TreeShape, chain_bits, check_branching, columns
+from mcsd.trees import StaticTree, chain_bits, check_branching, columns, parents_of
 from mcsd_kernels import ancestor_bits
 from tests.cases import TREES
 from tests.tiny import CONFIGS, VOCAB, greedy, pad, perturbed, plain_logits, prompt, tiny
@@ -195,16 +195,19 @@ def test_tree_attention_wants_a_tree() -> None:
 
 def test_the_packed_mask_alone_is_enough() -> None:
     model: PreTrainedModel = tiny()
-    shape = TreeShape.of((2, 2))
+    shape = StaticTree.of(parents_of((2, 2)))
     nodes, text = torch.tensor([prompt(shape.nodes, 1)]), prompt(9, 2)
     scorer = Scorer(model, 30)
     with torch.inference_mode(), scorer.attending():
         scorer.prefill(torch.tensor([text]), [9])
-        wanted = scorer.score(nodes, shape.ancestors, shape.depth, [9])
-        step = TreeStep(shape.ancestors, torch.tensor([9], dtype=torch.int32))
+        wanted = scorer.score(nodes, shape.node_ancestors, shape.node_depth, [9])
+        step = TreeStep(shape.node_ancestors, torch.tensor([9], dtype=torch.int32))
         scorer.cache.place(Prefix.of([9], scorer.device), 0, shape.nodes)
         found = model(
-            nodes, position_ids=9 + shape.depth[None], past_key_values=scorer.cache, attention_mask=step.packed()
+            nodes,
+            position_ids=9 + shape.node_depth[None],
+            past_key_values=scorer.cache,
+            attention_mask=step.packed(),
         ).logits
     assert torch.allclose(found, wanted, atol=1e-6)
 
@@ -214,19 +217,21 @@ def test_the_packed_mask_alone_is_enough() -> None:
 
 @pytest.mark.parametrize("branching", [(1,), (3,), (4, 2, 2), (1, 1, 1, 1), (2, 1, 3), (31,), (32,), (5, 4, 3)])
 def test_shapes(branching: tuple[int, ...]) -> None:
-    shape = TreeShape.of(branching)
+    shape = StaticTree.of(parents_of(branching))
     parents = shape.parents.tolist()
     widths = [1]
     for k in branching:
         widths.append(widths[-1] * k)
     assert shape.nodes == len(parents) == sum(widths) == check_branching_nodes(branching)
-    assert shape.inner == sum(widths[:-1])
-    assert list(shape.levels) == [sum(widths[:d]) for d in range(len(widths) + 1)]
+    assert shape.inner.tolist() == list(range(sum(widths[:-1])))
+    assert list(shape.levels) == [sum(widths[:d]) for d in range(len(widths))]
+    assert shape.depth == len(branching)
     assert parents[0] == -1 and all(0 <= p < i for i, p in enumerate(parents) if i)
     for node, parent in enumerate(parents[1:], 1):
-        assert shape.depth[node] == shape.depth[parent] + 1
-        assert parents.count(node) in (0, branching[int(shape.depth[node])] if node < shape.inner else 0)
-    assert torch.equal(shape.ancestors, ancestor_bits(shape.parents))
+        depth = int(shape.node_depth[node])
+        assert depth == shape.node_depth[parent] + 1 and sum(widths[:depth]) <= node < sum(widths[: depth + 1])
+        assert parents.count(node) in (0, branching[depth] if node < len(shape.inner) else 0)
+    assert torch.equal(shape.node_ancestors, ancestor_bits(shape.parents))
 
 
 def check_branching_nodes(branching: tuple[int, ...]) -> int:

@@ -4,6 +4,7 @@ from .base import Drafter, Proposal, State
 from .early_exit import EarlyExitDrafter
 from .feature import FeatureDrafter
 from .heads import HeadsDrafter
+from .levels import LevelDrafter
 from .medusa import MedusaHeads
 from .merged import MergedDrafter
 from .mlp_speculator import MLPSpeculator
@@ -20,6 +21,7 @@ __all__ = [
     "EntropyStop",
     "FeatureDrafter",
     "HeadsDrafter",
+    "LevelDrafter",
     "MLPSpeculator",
     "MedusaHeads",
     "MergedDrafter",

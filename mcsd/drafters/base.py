@@ -112,11 +112,13 @@ class Drafter(ABC):
             this is what `propose` really does.
         reads_hidden: `State.hidden` is wanted.
         reads_cache: `State.scorer` is used, so the target's cache must hold the prompts when `begin` is called.
+        alone: accepted paths stay in this drafter's own tree; False during a generation in which trees are merged.
     """
 
     proposal: str = "point"
     reads_hidden: bool = False
     reads_cache: bool = False
+    alone: bool = True
 
     @abstractmethod
     def propose(self, state: State) -> Proposal:

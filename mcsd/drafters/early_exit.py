@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from mcsd_kernels import SamplingParams
+
 from ..attention import takes_tree_attention, tree_attention_in
 from ..scoring import UnsupportedModelError, refusal
 from ..trees import chain_bits
@@ -30,7 +32,7 @@ class EarlyExitDrafter(ModelDrafter):
     Args:
         target: the model that is decoded.
         layers: how many of its layers draft, from the first one on.
-        branching, proposal, parents, stopping: see `ModelDrafter`.
+        branching, proposal, parents, sampling, stopping: see `LevelDrafter`.
 
     Raises:
         UnsupportedModelError: the model is not a plain stack of layers, a norm and a head; the text says why.
@@ -49,9 +51,11 @@ class EarlyExitDrafter(ModelDrafter):
         proposal: str = "without_replacement",
         *,
         parents: Sequence[int] | None = None,
+        sampling: SamplingParams | None = None,
         stopping: Stopping | None = None,
     ) -> None:
-        super().__init__(first_layers(target, layers), branching, proposal, parents=parents, stopping=stopping)
+        model = first_layers(target, layers)
+        super().__init__(model, branching, proposal, parents=parents, sampling=sampling, stopping=stopping)
         self.target, self.layers = target, layers
         self._shared = False
 

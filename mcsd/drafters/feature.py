@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mcsd_kernels import SamplingParams, draw_candidates, tree_attention
-from mcsd_kernels._backend import choose
+from mcsd_kernels import SamplingParams, tree_attention
 
 from ..cache import Prefix
-from ..trees import StaticTree, chain_bits, check_branching, check_parents, columns, parents_of
-from .base import Drafter, Proposal, State
-from .stopping import Stopping, going_on
+from ..trees import chain_bits, columns
+from .base import State
+from .levels import LevelDrafter
+from .stopping import Stopping
 
 _BRANCHING = (4, 2, 2)
 _FEW_ROWS = 8  # up to which int8 rows are read faster than bfloat16 ones
@@ -160,24 +160,7 @@ class FeatureModel(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), weight, self.config.norm_eps)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What the trees of one shape need at every step of a generation.
-
-    Args:
-        tree: the shape.
-        guess_of: for each level below the root, the place of each inner node's parent in the level above.
-        draws: for each level and each of its calls: seeds, node numbers and sampling parameters by row.
-        draft_rows: `[batch, nodes]` int32.
-    """
-
-    tree: StaticTree
-    guess_of: list[torch.Tensor]
-    draws: list[list[tuple[torch.Tensor, torch.Tensor, SamplingParams]]]
-    draft_rows: torch.Tensor
-
-
-class FeatureDrafter(Drafter):
+class FeatureDrafter(LevelDrafter):
     """Draws the children of every node from a `FeatureModel` that follows the target's hidden states.
 
     The model keeps keys and values of true pairs. When the target has spoken, the accepted tokens are read again with
@@ -186,11 +169,7 @@ class FeatureDrafter(Drafter):
     Args:
         model: trained by `python -m mcsd.distill`; `mcsd.draft_model.load_draft` returns it inside a drafter.
         branching: children of a node at depth 0, 1, ...; None: what `mcsd.generate` is told.
-        proposal: how they are drawn; "point" takes the most probable ones.
-        parents: a tree of any shape in place of `branching`: -1 for the root, then each node's parent, which has a
-            smaller number; siblings in draw order.
-        sampling: temperature and filters of the draft; None: the target's.
-        stopping: asked at each level which of its nodes get children, see `Stopping`; None: all.
+        proposal, parents, sampling, stopping: see `LevelDrafter`.
 
     Raises:
         ValueError: `branching` is not a list of whole numbers >= 1, or `parents` is no tree.
@@ -208,32 +187,16 @@ class FeatureDrafter(Drafter):
         sampling: SamplingParams | None = None,
         stopping: Stopping | None = None,
     ) -> None:
-        self.model, self.proposal, self.sampling, self.stopping = model, proposal, sampling, stopping
-        self._own_tree = branching is not None or parents is not None
-        self.branching = None if parents is not None else check_branching(branching or _BRANCHING)
-        self.parents = parents_of(branching or _BRANCHING) if parents is None else check_parents(parents)
+        super().__init__(branching or _BRANCHING, proposal, parents=parents, sampling=sampling, stopping=stopping)
+        self.model = model
+        self._own_branching = branching is not None
         self._keys = self._values = self._hidden = torch.empty(0)
-        self._read_up_to: list[int] = []
-        self._plans: dict[tuple[int, ...], _Plan] = {}
 
     def with_branching(self, branching: Sequence[int], proposal: str) -> FeatureDrafter:
         """A drafter with the same model and this tree; itself, if a tree was given to it."""
-        if self._own_tree:
+        if self._own_branching or self.branching is None:
             return self
         return FeatureDrafter(self.model, branching, proposal, sampling=self.sampling, stopping=self.stopping)
-
-    def with_tree(self, parents: Sequence[int], proposal: str) -> FeatureDrafter:
-        """A drafter with the same model and a tree of any shape, see `parents`."""
-        return FeatureDrafter(
-            self.model, proposal=proposal, parents=parents, sampling=self.sampling, stopping=self.stopping
-        )
-
-    def tree(self, state: State) -> tuple[int, ...]:
-        """Parents of the next tree; a subclass may change them from step to step, within the nodes of `parents`.
-
-        Whatever that depends on must be known before anything of the step is drawn.
-        """
-        return self.parents
 
     def begin(self, state: State) -> None:
         """Read the prompts, all but the root.
@@ -248,7 +211,8 @@ class FeatureDrafter(Drafter):
                 f"target: expected a vocabulary of {config.vocab_size} and hidden states of {config.hidden_size} "
                 f"for this drafter, got {state.vocab} and {hidden.shape[2]}"
             )
-        self._plans = {}
+        super().begin(state)
+        self._draft_ids = self.model.draft_ids
         room = (batch, config.kv_heads, state.capacity + len(self.parents), config.head_dim)
         self._keys = torch.zeros(room, dtype=self.model.fc.weight.dtype, device=state.device)
         self._values = torch.zeros_like(self._keys)
@@ -260,58 +224,6 @@ class FeatureDrafter(Drafter):
         if max(self._read_up_to):
             self._write(columns(prompts, state.device), before[:, :-1], Prefix.of([0] * batch, state.device))
 
-    @torch.no_grad()
-    def propose(self, state: State) -> Proposal:
-        """Draw the tree's levels one after the other; each level of inner nodes is one forward of the model."""
-        model, batch = self.model, len(state.sequences)
-        plan = self._planned(state)
-        tree = plan.tree
-        guess = self._read(state)
-        tokens = torch.full((batch, tree.nodes), -1, device=state.device)
-        tokens[:, 0] = state.tail[:, -1]
-        rows: list[torch.Tensor] = []
-        for level, nodes in enumerate(tree.level_nodes):
-            first, after = tree.levels[level], tree.levels[level + 1]
-            if level:
-                z, query = self._write(tokens[:, nodes], guess[:, plan.guess_of[level - 1]], state.prefix, first, level)
-                guess = self._attend(z, query, tree.ancestors[:, first:after], state.prefix, after)
-            logits = model.logits(guess)
-            rows.append(logits)
-            goes_on = None
-            if self.stopping is not None:
-                goes_on = going_on(self.stopping, level, logits, guess, tokens[:, nodes])
-            for draw, (seeds, numbers, sampling) in zip(tree.draws[level], plan.draws[level], strict=True):
-                some = logits if draw.rows is None else logits[:, draw.rows]
-                children = draw_candidates(
-                    some.reshape(-1, some.shape[-1]),
-                    draw.width,
-                    seeds,
-                    state.step,
-                    proposal=self.proposal,
-                    sampling=sampling,
-                    nodes=numbers,
-                ).view(batch, -1, draw.width)
-                children = torch.where(children < 0, -1, model.draft_ids[children])
-                if goes_on is not None:
-                    some_go_on = goes_on if draw.rows is None else goes_on[:, draw.rows]
-                    children = children.masked_fill(~some_go_on[..., None], -1)
-                tokens[:, draw.children] = draw.pick(children)
-        proposal = Proposal(tokens, tree.parents, tree.depth, ancestors=tree.node_ancestors, node_depth=tree.node_depth)
-        if self.proposal == "point":
-            return proposal
-        drawn_from = (rows[0] if len(rows) == 1 else torch.cat(rows, 1)).flatten(0, 1)
-        ids: torch.Tensor | None = model.draft_ids
-        if choose(None, state.device) != "torch":  # the kernels take columns for the target's tokens
-            full = drawn_from.new_full((len(drawn_from), model.config.vocab_size), -torch.inf)
-            drawn_from, ids = full.index_copy_(1, model.draft_ids, drawn_from), None
-        return replace(
-            proposal,
-            draft_logits=drawn_from,
-            draft_rows=plan.draft_rows,
-            draft_ids=ids,
-            draft_sampling=self.sampling,
-        )
-
     def keep(self, state: State, path: torch.Tensor, length: torch.Tensor) -> None:
         """Take the true hidden states after the accepted nodes; `propose` reads them with the tokens that follow."""
         assert state.hidden is not None, "reads_hidden is set"
@@ -321,30 +233,20 @@ class FeatureDrafter(Drafter):
 
     def end(self) -> None:
         """Free the memory."""
-        self._keys = self._values = self._hidden = torch.empty(0)
-        self._plans = {}
+        super().end()
+        self._keys = self._values = self._hidden = self._guess = torch.empty(0)
 
-    def _planned(self, state: State) -> _Plan:
-        parents = self.tree(state)
-        if parents not in self._plans:
-            batch, device = len(state.sequences), state.device
-            tree = StaticTree.of(parents, device, self.proposal == "greedy")
-            places = tree.slots[tree.parents.clamp(min=0).long()[tree.inner]]
-            guess_of = [
-                places[tree.levels[level] : tree.levels[level + 1]] - tree.levels[level - 1]
-                for level in range(1, tree.depth)
-            ]
-            draws = [[self._by_row(state, draw.nodes) for draw in level] for level in tree.draws]
-            first = torch.arange(batch, device=device)[:, None] * len(tree.inner)
-            self._plans[parents] = _Plan(tree, guess_of, draws, (first + tree.slots.clamp(min=0)).int())
-        return self._plans[parents]
-
-    def _by_row(self, state: State, nodes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, SamplingParams]:
-        """Seeds, node numbers and sampling parameters for some nodes of every request."""
-        sampling = SamplingParams() if self.proposal == "point" else (self.sampling or state.sampling)
-        fields = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-        repeated = [f.repeat_interleave(len(nodes)) if isinstance(f, torch.Tensor) and f.dim() else f for f in fields]
-        return state.seeds.repeat_interleave(len(nodes)), nodes.repeat(len(state.sequences)), SamplingParams(*repeated)
+    def _level(self, state: State, level: int, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One forward of the model; a node's hidden state is the guess at its parent."""
+        if level == 0:
+            guess = self._read(state)
+        else:
+            tree = self._plan.tree
+            first, after = tree.levels[level], tree.levels[level + 1]
+            z, query = self._write(tokens, self._guess[:, tree.above[level]], state.prefix, first, level)
+            guess = self._attend(z, query, tree.ancestors[:, first:after], state.prefix, after)
+        self._guess = guess
+        return self.model.logits(guess), guess
 
     def _read(self, state: State) -> torch.Tensor:
         """Read the tokens that came since, the root last; returns the guess after the root, `[batch, 1, width]`."""

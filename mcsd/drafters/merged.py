@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from .base import Adapter, Drafter, Proposal, State
-from .model import ModelDrafter
 
 
 class MergedDrafter(Drafter):
@@ -53,8 +52,7 @@ class MergedDrafter(Drafter):
     def begin(self, state: State) -> None:
         """All begin."""
         for drafter in self.drafters:
-            if isinstance(drafter, ModelDrafter):
-                drafter.alone = False
+            drafter.alone = False
             drafter.begin(state)
 
     def propose(self, state: State) -> Proposal:
@@ -94,8 +92,7 @@ class MergedDrafter(Drafter):
         """All end."""
         for drafter in self.drafters:
             drafter.end()
-            if isinstance(drafter, ModelDrafter):
-                drafter.alone = True
+            drafter.alone = True
 
 
 def merge(tree: Proposal, other: Proposal, origin: int) -> tuple[Proposal, torch.Tensor]:

@@ -2,63 +2,33 @@
 
 from __future__ import annotations
 
-import torch
-
-from ..trees import check_branching
-from .base import Drafter, Proposal, State
+from .base import State
+from .lookup import LookupDrafter
 
 
-class NgramDrafter(Drafter):
+class NgramDrafter(LookupDrafter):
     """Continues with what followed the longest recent n-grams that the text ends in; needs no model.
 
     The continuations are merged into one tree of deterministic children ("point"): the longest n-gram's first, and of
     equally long ones the most recent first.
 
     Args:
-        longest: of the n-grams looked up; shorter ones follow, down to `shortest`.
-        shortest: of the n-grams looked up.
-        depth: tokens of a continuation.
-        continuations: how many different ones to follow.
-        nodes: the tree's size, root included; fixed, so that shapes do not change from step to step.
+        longest, shortest, depth, continuations, nodes: see `LookupDrafter`.
 
     Raises:
         ValueError: a number is out of range.
     """
 
-    proposal = "point"
-
     def __init__(
         self, longest: int = 3, shortest: int = 1, depth: int = 8, continuations: int = 3, nodes: int = 16
     ) -> None:
-        if not 1 <= shortest <= longest:
-            raise ValueError(f"shortest: expected a number in [1, longest = {longest}], got {shortest}")
-        check_branching((depth,))
-        check_branching((continuations,))
-        if nodes < 2:
-            raise ValueError(f"nodes: expected at least 2, the root and a child, got {nodes}")
-        self.longest, self.shortest = longest, shortest
-        self.depth, self.continuations, self.nodes = depth, continuations, nodes
+        super().__init__(longest, shortest, depth, continuations, nodes)
 
     def begin(self, state: State) -> None:
         """Index the prompts."""
         # request -> n-gram -> the places right after it, in text order
         self._after: list[dict[tuple[int, ...], list[int]]] = [{} for _ in state.sequences]
         self._indexed = [0] * len(state.sequences)
-
-    def propose(self, state: State) -> Proposal:
-        """Look every request's ending up in its own text."""
-        trees = [
-            self._tree(request, sequence) if state.active[request] else ([sequence[-1]], [-1])
-            for request, sequence in enumerate(state.sequences)
-        ]
-        nodes = min(self.nodes, max(len(tokens) for tokens, _ in trees))
-        tokens = [tokens + [-1] * (nodes - len(tokens)) for tokens, _ in trees]
-        parents = [parents + [-1] * (nodes - len(parents)) for _, parents in trees]
-        return Proposal(
-            torch.tensor(tokens, device=state.device),
-            torch.tensor(parents, dtype=torch.int32, device=state.device),
-            self.depth,
-        )
 
     def _tree(self, request: int, sequence: list[int]) -> tuple[list[int], list[int]]:
         self._index(request, sequence)

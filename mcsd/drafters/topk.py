@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from mcsd_kernels import ancestor_bits
 
-from ..scoring import Scorer
-from ..trees import chain_bits, columns
+from ..trees import columns
 from .base import Drafter, Proposal, State
+from .reading import read_all, scorer_of
 from .stopping import Stopping, going_on
 
 
@@ -62,11 +62,7 @@ class TopKDrafter(Drafter):
 
     def begin(self, state: State) -> None:
         """Read the prompts, all but what `propose` will read anyway."""
-        graphs = None if state.scorer is None else state.scorer.graphs
-        batch = None if graphs is None else len(state.sequences)
-        report = None if graphs is None else graphs.report
-        room = state.capacity + 1 + (self.depth - 1) * self.beam
-        self._scorer = Scorer(self.model, room, self.attention, batch=batch, report=report)
+        self._scorer = scorer_of(self.model, self.attention, state, 1 + (self.depth - 1) * self.beam)
         self._contexts.enter_context(self._scorer.attending())
         prompts = [sequence[:-1] for sequence in state.sequences]
         self._cached = [len(prompt) for prompt in prompts]
@@ -78,7 +74,8 @@ class TopKDrafter(Drafter):
         batch = len(state.sequences)
         request = torch.arange(batch, device=device)[:, None]
         beam = min(self.beam, state.vocab)
-        logits = self._read(state)
+        logits = read_all(self._scorer, state, self._cached)
+        self._cached = [len(sequence) for sequence in state.sequences]
         # of the nodes on offer so far: token, parent among them (0 is the root), log-probability of the path
         tokens = state.tail[:, -1:]
         parents = torch.full((batch, 1), -1, dtype=torch.int64, device=device)
@@ -119,22 +116,6 @@ class TopKDrafter(Drafter):
         self._contexts.close()
         if hasattr(self, "_scorer"):
             del self._scorer
-
-    def _read(self, state: State) -> torch.Tensor:
-        """Read what was committed since the last step, the root last; what a tree left in the cache is overwritten.
-
-        Returns:
-            `[batch, 1, vocab]` logits after each request's root.
-        """
-        lengths = [len(sequence) for sequence in state.sequences]
-        width = max(length - cached for length, cached in zip(lengths, self._cached, strict=True))
-        # a request with less that is new reads some of its text again, to no effect, and so stays within its slots
-        start = [max(length - width, 0) for length in lengths]
-        tokens = columns([s[first:] for s, first in zip(state.sequences, start, strict=True)], state.device)
-        logits = self._scorer.score(tokens, chain_bits(tokens.shape[1], state.device), None, start)
-        self._cached = [length - 1 for length in lengths]
-        last = torch.tensor([n - first - 1 for n, first in zip(lengths, start, strict=True)], device=state.device)
-        return logits[torch.arange(len(lengths), device=state.device), last][:, None]
 
     def _read_level(self, state: State, tokens: torch.Tensor, up: torch.Tensor, depth: int, first: int) -> torch.Tensor:
         """`[batch, beam, vocab]` logits of the newest nodes; `up` is the tree of all nodes read so far."""

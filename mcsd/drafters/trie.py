@@ -6,10 +6,8 @@ import heapq
 import itertools
 from collections.abc import Sequence
 
-import torch
-
-from ..trees import check_branching
-from .base import Drafter, Proposal, State
+from .base import State
+from .lookup import LookupDrafter
 
 _SHIFT = 32
 
@@ -105,7 +103,7 @@ class ContextTrie:
         return [(token, child, self.count[child]) for token, child in found]
 
 
-class TrieDrafter(Drafter):
+class TrieDrafter(LookupDrafter):
     """Continues as the text did most often after its last tokens; needs no model.
 
     Every n-gram that the text ends in is looked up, and what followed it anywhere before grows the tree, the most
@@ -114,11 +112,8 @@ class TrieDrafter(Drafter):
     recent ones.
 
     Args:
-        longest: of the n-grams looked up; shorter ones follow, down to `shortest`.
-        shortest: of the n-grams looked up.
-        depth: tokens of a continuation.
+        longest, shortest, depth, nodes: see `LookupDrafter`.
         continuations: children of a node, at most, for each n-gram.
-        nodes: the tree's size, root included.
 
     Raises:
         ValueError: a number is out of range.
@@ -127,44 +122,22 @@ class TrieDrafter(Drafter):
     on Communications 1984 (the weights).
     """
 
-    proposal = "point"
-
     def __init__(
         self, longest: int = 4, shortest: int = 1, depth: int = 8, continuations: int = 4, nodes: int = 16
     ) -> None:
-        if not 1 <= shortest <= longest:
-            raise ValueError(f"shortest: expected a number in [1, longest = {longest}], got {shortest}")
-        check_branching((depth,))
-        check_branching((continuations,))
-        if nodes < 2:
-            raise ValueError(f"nodes: expected at least 2, the root and a child, got {nodes}")
-        self.longest, self.shortest = longest, shortest
-        self.depth, self.continuations, self.nodes = depth, continuations, nodes
+        super().__init__(longest, shortest, depth, continuations, nodes)
 
     def begin(self, state: State) -> None:
-        """An empty trie for each request; `propose` reads the prompt."""
+        """An empty trie for each request; the first tree reads the prompt."""
         self._tries = [ContextTrie(self.longest + self.depth, self.continuations) for _ in state.sequences]
-
-    def propose(self, state: State) -> Proposal:
-        """Read what is new in every text, and look its ending up."""
-        trees = []
-        for trie, sequence, active in zip(self._tries, state.sequences, state.active, strict=True):
-            trie.extend(sequence[len(trie.text) :])
-            trees.append(self._tree(trie) if active else ([sequence[-1]], [-1]))
-        size = max(len(tokens) for tokens, _ in trees)
-        tokens = [tokens + [-1] * (size - len(tokens)) for tokens, _ in trees]
-        parents = [parents + [-1] * (size - len(parents)) for _, parents in trees]
-        return Proposal(
-            torch.tensor(tokens, device=state.device),
-            torch.tensor(parents, dtype=torch.int32, device=state.device),
-            self.depth,
-        )
 
     def end(self) -> None:
         """Forget the texts."""
         self._tries = []
 
-    def _tree(self, trie: ContextTrie) -> tuple[list[int], list[int]]:
+    def _tree(self, request: int, sequence: list[int]) -> tuple[list[int], list[int]]:
+        trie = self._tries[request]
+        trie.extend(sequence[len(trie.text) :])
         tokens, parents = [trie.text[-1]], [-1]
         children: dict[tuple[int, int], int] = {}
         # minus the weight, a number for ties, parent in the tree, token, node in the trie, depth

@@ -1,0 +1,48 @@
+"""How a drafter that is a model of its own keeps up with the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from ..scoring import Scorer
+from ..trees import chain_bits, columns
+from .base import State
+
+
+def scorer_of(model: PreTrainedModel, attention: str, state: State, nodes: int) -> Scorer:
+    """A scorer for one generation, with captured forwards where the target's are captured.
+
+    Args:
+        model: the draft.
+        attention: "auto", "tree" or "dense".
+        state: the batch.
+        nodes: slots for a tree.
+    """
+    graphs = None if state.scorer is None else state.scorer.graphs
+    batch = None if graphs is None else len(state.sequences)
+    report = None if graphs is None else graphs.report
+    return Scorer(model, state.capacity + nodes, attention, batch=batch, report=report)
+
+
+def read_all(scorer: Scorer, state: State, cached: Sequence[int]) -> torch.Tensor:
+    """Read what was committed and is not cached, the root last; what a tree left in the cache is overwritten.
+
+    Args:
+        scorer: of the draft.
+        state: the batch.
+        cached: how many of each request's tokens the cache holds, fewer than there are if the request is active.
+
+    Returns:
+        `[batch, 1, columns]` logits after each request's root.
+    """
+    lengths = [len(sequence) for sequence in state.sequences]
+    width = max(length - read for length, read in zip(lengths, cached, strict=True))
+    # a request with less that is new reads some of its text again, to no effect, and so stays within its room
+    start = [max(length - width, 0) for length in lengths]
+    tokens = columns([s[first:] for s, first in zip(state.sequences, start, strict=True)], state.device)
+    logits = scorer.score(tokens, chain_bits(tokens.shape[1], state.device), None, start)
+    last = torch.tensor([n - first - 1 for n, first in zip(lengths, start, strict=True)], device=state.device)
+    return logits[torch.arange(len(lengths), device=state.device), last][:, None]
