@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from . import _rows_torch as rows_torch
-from . import _rules as rules
 from ._rows_torch import Array, Sampling, first_above, host
 from ._verify_torch import Batch, Side, Together, Walk, mass_of, run, sound
 from .types import DRAW_BLOCK, Status
@@ -77,10 +76,8 @@ class _Apart(Together):
         self.first_block = ranks.first // DRAW_BLOCK
         blocks = max(-(-(self.lead + ranks.columns) // DRAW_BLOCK), 1)
         self.weights = torch.zeros(len(walks), blocks * DRAW_BLOCK, device=device)
-        self.held: list[tuple[int, rules.Mass | rules.Draw]] = []
 
     def _rows(self, asking: list[Walk]) -> list[Any]:
-        self.held = []
         broken = self._laws(asking, self.p, self.batch.target)
         if self.batch.draft is not None:
             inner = [walk for walk in asking if walk.wants.tokens and walk not in broken]
@@ -186,7 +183,6 @@ class _Apart(Together):
         slots = [walk.slot for walk in asking]
         inner = self.weights[:, self.lead : self.lead + self.ranks.columns]
         rows_torch.fill_rows(self.p, self.q, slots, wants, inner[: len(asking)])
-        self.held = [(walk.slot, walk.wants) for walk in asking]
         blocks: Array = host(rows_torch.draw_blocks(self.weights[: len(asking)]).sum(-1)).astype(np.float64)
         return blocks
 
@@ -212,14 +208,14 @@ class _Apart(Together):
         tokens = np.full(len(asking), -1.0)
         for row, (block, weights) in enumerate(zip(chosen, inside, strict=True)):
             share = shares[:, row]
-            place = walk_place(share, weights, self.ranks.rank, asking[row].tree.uniforms[-1])
+            place = _own_place(share, weights, self.ranks.rank, asking[row].tree.uniforms[-1])
             if block >= 0 and place is not None:
                 tokens[row] = block * DRAW_BLOCK + place
         found = self.ranks.gather(tokens).max(0).astype(int).tolist()
         return [None if block < 0 or token < 0 else token for block, token in zip(chosen, found, strict=True)]
 
 
-def walk_place(shares: Array, weights: Array, rank: int, u: float) -> int | None:
+def _own_place(shares: Array, weights: Array, rank: int, u: float) -> int | None:
     """The place in a block that u picks, if it is among this rank's weights.
 
     Args:

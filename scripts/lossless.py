@@ -1,36 +1,35 @@
 """Write LOSSLESS.md: how far every rule is from the target's law, and what a wrong rule looks like.
 
-python scripts/lossless.py [--output LOSSLESS.md] [--scale 1.0]
+python scripts/lossless.py [--output LOSSLESS.md] [--scale 1.0] [--interpreter-minutes 0]
 
-About three minutes on one core; `--scale` multiplies every number of samples. On a machine without a GPU the Triton
-backend runs in Triton's interpreter, in a process of its own.
+About three minutes on one core; `--scale` multiplies every number of samples but those of Triton's interpreter, which
+takes hours to see as much. What it emitted is counted by `scripts/interpreted.py`, kept in `scripts/interpreted.json`
+from one run to the next, and only read here; `--interpreter-minutes` adds to it first.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import decisions
+import interpreted
 import laws
 import numpy as np
 import torch
-from laws import Law, Model
+from interpreted import PROPOSALS
+from laws import Law, Model, law_of, marginal
 
 from mcsd_kernels import SamplingParams, draw_candidates, draw_uniforms, reference, verify
-from mcsd_kernels.reference import row_law
-from mcsd_kernels.sampling import RANGES
 
 ROOT = Path(__file__).resolve().parent.parent
 RULES = {"recursive": reference.recursive, "traversal": reference.traversal}
-PROPOSALS = ("without_replacement", "with_replacement", "greedy", "point")
 
 STAR, CHAIN, TWO_LEVELS = [-1, 0, 0, 0], [-1, 0, 1, 2], [-1, 0, 0, 1, 1]
 BINARY, UNEVEN = [-1, 0, 0, 1, 1, 2, 2], [-1, 0, 0, 1, 3]
@@ -73,41 +72,37 @@ def enumerated() -> list[dict[str, Any]]:
             for model, parents in problems():
                 emitted = laws.enumerate_branches(model, parents, proposal, function)
                 branches += emitted.branches
-                error = max(error, laws.distances(model, emitted, laws.depth(parents) + 1)[0])
+                error = max(error, laws.distances(model, emitted.law, laws.depth(parents) + 1)[0])
             cases = len(problems())
             rows.append({"rule": rule, "proposal": proposal, "cases": cases, "branches": branches, "error": error})
             progress(f"enumerated {rule} {proposal}: {branches} branches, error {error:.1e}")
     return rows
 
 
-# ---- the backends
+# ---- the backends, decision by decision
+
+
+def decided(backend: str, device: str) -> list[dict[str, Any]]:
+    """A row a rule and proposal: how many answers were asked for and wrong, and wrong with a mistake."""
+    rows = []
+    for rule in RULES:
+        for proposal in PROPOSALS:
+            rows.append(decisions.row(rule, proposal, backend, device))
+            progress(f"decisions, {backend}: {rows[-1]}")
+    return rows
+
+
+# ---- the backends, sampled
 
 VOCAB, TREE = 5, [-1, 0, 0, 0, 1, 1]
 SAMPLING = SamplingParams(temperature=0.8, top_k=4, top_p=0.97, min_p=0.02)
 DRAFT_SAMPLING = SamplingParams(temperature=1.3, top_k=4, top_p=0.98)
 
 
-def tables() -> tuple[torch.Tensor, torch.Tensor]:
-    """`[1 + 5 + 25, 5]` logits: row 0 follows no token, row 1 + a token a, row 6 + 5 a + b tokens a, b."""
-    rng = np.random.default_rng(7)
-    pairs: list[list[Law]] = []
-    while len(pairs) < 1 + VOCAB + VOCAB**2:
-        pair = [rng.normal(size=VOCAB) * 1.2 for _ in range(2)]
-        p, q = (law_of(row, sampling) for row, sampling in zip(pair, (SAMPLING, DRAFT_SAMPLING), strict=True))
-        if 0.5 <= np.abs(p - q).sum() / 2 < 0.6:
-            pairs.append(pair)
-    target, draft = (torch.tensor(np.stack(rows)).float() for rows in zip(*pairs, strict=True))
-    return target, draft
-
-
-def law_of(logits: Law, sampling: SamplingParams) -> Law:
-    """The law that temperature and filters make of a row."""
-    return row_law(logits, **{name: getattr(sampling, name) for name in RANGES})
-
-
 def sampled(backend: str, requests: dict[str, int], device: str, inputs: str = "logits") -> list[dict[str, Any]]:
     """A row a rule and proposal: chi-square of three tokens, and how many answers differ from the torch backend's."""
-    target, draft = tables()
+    # row 0 follows no token, row 1 + a token a, row 6 + 5 a + b tokens a, b
+    target, draft = laws.logit_rows(1 + VOCAB + VOCAB**2, VOCAB, SAMPLING, DRAFT_SAMPLING)
     p = [law_of(row.double().numpy(), SAMPLING) for row in target]
     joint = [
         ((a, b, c), float(p[0][a] * p[1 + a][b] * p[6 + 5 * a + b][c]))
@@ -161,14 +156,6 @@ def sampled(backend: str, requests: dict[str, int], device: str, inputs: str = "
     return rows_out
 
 
-def marginal(count: int, pairs: Iterable[tuple[tuple[int, ...], Any]]) -> Any:
-    """What falls on each beginning of `count` tokens: (text, probability) pairs or counts, as a dictionary."""
-    total: dict[tuple[int, ...], Any] = {}
-    for text, value in pairs:
-        total[text[:count]] = total.get(text[:count], 0) + value
-    return total
-
-
 def drafted(q_rows: torch.Tensor, seeds: torch.Tensor, proposal: str) -> tuple[torch.Tensor, torch.Tensor]:
     """`[requests, nodes]` tokens and row numbers: three candidates, two more under the first of them."""
 
@@ -185,17 +172,6 @@ def drafted(q_rows: torch.Tensor, seeds: torch.Tensor, proposal: str) -> tuple[t
     deeper = 6 + 5 * (below - 1) + second.clamp(min=0)
     tokens = torch.cat([root, first, second], 1)
     return tokens, torch.cat([root, 1 + first.clamp(min=0), deeper], 1).int()
-
-
-def interpreted(requests: dict[str, int]) -> list[dict[str, Any]]:
-    """`sampled` with Triton: on this machine's GPU, or else in the interpreter, which needs a process of its own."""
-    if torch.cuda.is_available():
-        return sampled("triton", requests, "cuda")
-    command = [sys.executable, __file__, "--only-triton", json.dumps(requests)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 # ---- mistakes, and rules of other systems
@@ -243,7 +219,7 @@ def controls(trials: int) -> list[dict[str, Any]]:
     for name, proposal, rule, options, parents, model in mistakes():
         count = laws.depth(parents) + 1
         emitted = laws.enumerate_branches(model, parents, proposal, rule, **options)
-        largest, variation = laws.distances(model, emitted, count)
+        largest, variation = laws.distances(model, emitted.law, count)
         counts = laws.sample_branches(model, parents, proposal, rule, trials, 3, **options)
         value = laws.chi_square(laws.target_law(model, count).items(), counts)
         sound = options.get("drawn_as") or proposal
@@ -256,18 +232,13 @@ def controls(trials: int) -> list[dict[str, Any]]:
                 "trials": trials,
                 "p": value,
                 "sound": sound,
-                "sound_error": laws.distances(model, right, count)[0],
-                "accepted": mean_length(emitted),
-                "sound_accepted": mean_length(right),
+                "sound_error": laws.distances(model, right.law, count)[0],
+                "accepted": emitted.length,
+                "sound_accepted": right.length,
             }
         )
         progress(f"{name}: total variation {variation:.3f}, p = {value:.2g}")
     return rows
-
-
-def mean_length(emitted: laws.Emitted) -> float:
-    """Tokens a call."""
-    return sum(len(text) * probability for text, probability in emitted.law.items())
 
 
 # ---- the page
@@ -297,7 +268,25 @@ def page(parts: dict[str, Any]) -> str:
             for r in parts["enumerated"]
         ),
         "",
-        "## 2. The backends, sampled",
+        "## 2. The backends, decision by decision",
+        "",
+        "For given candidates, what `verify` emits is a step function of its uniform numbers: each is compared with a",
+        "threshold. For every tuple of candidates that can be drawn in three small trees the oracle says where the",
+        f"thresholds are, and a backend is asked on both sides of each, {decisions.MARGIN:g} away; in a final draw for",
+        "every token. If no answer is wrong, the law of what the backend emits is the target's to 1e-4, given that",
+        "of the candidates. *Control*: how many answers are wrong when the backend's target is, by less than 3e-4 in",
+        "total variation.",
+        "",
+        "| backend | rule | proposal | tuples | requests | wrong | control |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            f"| {name} | `{r['rule']}` | `{r['proposal']}` | {r['tuples']} | {r['requests']} | {r['wrong']} | "
+            f"{r['control']} |"
+            for name, rows in parts["decided"].items()
+            for r in rows
+        ),
+        "",
+        "## 3. The backends, sampled",
         "",
         f"Candidates from `draw_candidates`, coins from `draw_uniforms`, the tree {TREE}, {VOCAB} tokens,",
         "target and draft with temperatures and filters of their own (overlap 0.4 to 0.5). Pearson's chi-square of",
@@ -314,14 +303,12 @@ def page(parts: dict[str, Any]) -> str:
         ]
     lines += [
         "",
-        "Few requests fit into the interpreter's time. What carries the weight there is the last column, and the",
-        "comparison with the oracle, answer by answer, in `tests/test_triton_verify.py`.",
+        *interpreter_lines(parts["interpreted"]),
+        "## 4. What these measurements can see",
         "",
-        "## 3. What these measurements can see",
-        "",
-        "The same two measurements of what is wrong. In bold: rules found in other systems, written here in a few",
-        "lines of our own (`scripts/laws.py`), not their code. Tokens a call stand in brackets. The last column is our",
-        "rule for how the candidates really came about, on the same problem: no less simple, and lossless.",
+        "The first and the third measurement of what is wrong. In bold: rules found in other systems, written here in",
+        "a few lines of our own (`scripts/laws.py`), not their code. Tokens a call stand in brackets. The last column",
+        "is our rule for how the candidates really came about, on the same problem: no less simple, and lossless.",
         "",
         f"| done wrong | total variation | p of {parts['controls'][0]['trials']:,} samples | lossless instead: error |",
         "|---|---|---|---|",
@@ -340,6 +327,41 @@ def page(parts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def interpreter_lines(counted: dict[str, Any] | None) -> list[str]:
+    """The part on Triton's interpreter; nothing where nothing was counted."""
+    if counted is None or not counted["rows"]:
+        return []
+    same = "these kernels" if interpreted.is_current(counted) else "earlier kernels, changed since"
+    return [
+        "### Triton, interpreted",
+        "",
+        f"The Triton backend in its interpreter, with candidates and coins that Triton drew: {same} (sources",
+        f"{counted['kernels']}), {' and '.join(counted['dates'])}, {counted['versions']}.",
+        f"The tree {interpreted.TREE} with virtual leaves, {interpreted.VOCAB} tokens; the candidates of a request are",
+        "verified by both rules. *Sees* is the total variation, in whatever direction, that so many requests",
+        "show nine times in ten by a p below 0.01: the one for which the non-centrality 4 n TV² suffices.",
+        "",
+        "| rule | proposal | requests | p of one token | sees | p of two | sees | differ from the torch backend |",
+        "|---|---|---|---|---|---|---|---|",
+        *(
+            f"| {' | '.join(f'`{word}`' for word in r['name'].split())} | {r['requests']:,} | "
+            + " | ".join(f"{p:.3f} | {sees:.3f}" for p, sees in zip(r["p"], r["sees"], strict=True))
+            + f" | {r['differ']} |"
+            for r in counted["rows"]
+            if r["name"] != interpreted.CONTROL
+        ),
+        "",
+        *(
+            f"What must fail, by the same way: {r['name']} under `recursive`, `without_replacement`;\n"
+            f"{r['requests']:,} requests, p = {small(r['p'][0])} of one token, {small(r['p'][1])} of two."
+            for r in counted["rows"]
+            if r["name"] == interpreted.CONTROL
+        ),
+        "Answer by answer the Triton backend is compared with the oracle in `tests/test_triton_verify.py`.",
+        "",
+    ]
+
+
 def small(p: float) -> str:
     """A p-value that may be 0 in double precision."""
     return f"{p:.0e}" if p > 1e-300 else "< 1e-300"
@@ -351,10 +373,27 @@ def judge(parts: dict[str, Any]) -> list[str]:
     for name, rows in parts["sampled"].items():
         wrong += [f"{name} {r['rule']} {r['proposal']}: p {r['p']}" for r in rows if not r["p"] >= SMALLEST_P]
         wrong += [f"{name} {r['rule']} {r['proposal']}: {r['differ']} differ" for r in rows if r["differ"]]
+    for name, rows in parts["decided"].items():
+        wrong += [f"{name}: {r}" for r in rows if r["wrong"] or not r["control"]]
+    for r in (parts["interpreted"] or {"rows": []})["rows"]:
+        if r["name"] == interpreted.CONTROL:
+            enough = r["requests"] >= interpreted.CONTROL_REQUESTS
+            wrong += [f"control not seen: {r}"] if enough and not max(r["p"]) < CONTROL_P else []
+        elif r["differ"] or not min(r["p"]) >= SMALLEST_P:
+            wrong.append(f"Triton, interpreted: {r}")
     for r in parts["controls"]:
         if not (r["variation"] > BIASED and r["p"] < CONTROL_P and r["sound_error"] <= EXACT):
             wrong.append(f"control not seen: {r['name']}: {r}")
     return wrong
+
+
+def counted_before(path: Path) -> dict[str, Any] | None:
+    """What `scripts/interpreted.py` has found: the decisions of the kernels as they are, and the rows of its counts."""
+    if not path.exists():
+        return None
+    state = json.loads(path.read_text())
+    decided = [row for row in state["decisions"].values() if interpreted.is_current(row)]
+    return {**state, "decided": decided, "rows": interpreted.results(state)}
 
 
 def machine() -> str:
@@ -389,30 +428,35 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "LOSSLESS.md")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of samples")
-    parser.add_argument("--only-triton", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--counts", type=Path, default=interpreted.STATE, help="what the interpreter emitted so far")
+    parser.add_argument("--interpreter-minutes", type=float, default=0.0, help="how long Triton's interpreter runs")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.only_triton:
-        rows = sampled("triton", options.only_triton, "cpu")
-        print(json.dumps(rows))
-        return 0
+    if options.interpreter_minutes:
+        more = ["--minutes", str(options.interpreter_minutes), "--state", str(options.counts)]
+        subprocess.check_call([sys.executable, interpreted.__file__, *more], stdout=sys.stderr)
 
     def scaled(recursive: int, traversal: int) -> dict[str, int]:
         return {name: max(int(n * options.scale), 1) for name, n in zip(RULES, (recursive, traversal), strict=True)}
 
     gpu = torch.cuda.is_available()
-    few = scaled(100_000, 100_000) if gpu else scaled(40, 20)
-    where = "Triton, GPU" if gpu else "Triton, interpreted"
+    counted = counted_before(options.counts)
     parts: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
         "versions": versions(),
         "enumerated": enumerated(),
+        "decided": {
+            "torch": decided("torch", "cpu"),
+            **({"Triton, GPU": decided("triton", "cuda")} if gpu else {}),
+            **({"Triton, interpreted": counted["decided"]} if counted else {}),
+        },
         "sampled": {
             "torch": sampled("torch", scaled(40_000, 15_000), "cpu"),
             "torch, from probabilities": sampled("torch", scaled(15_000, 6_000), "cpu", "probabilities"),
-            where: interpreted(few),
+            **({"Triton, GPU": sampled("triton", scaled(100_000, 100_000), "cuda")} if gpu else {}),
         },
+        "interpreted": counted,
         "controls": controls(max(int(8_000 * options.scale), 4_000)),  # fewer would not be sure to see them
     }
     wrong = judge(parts)

@@ -6,11 +6,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from laws import chi_square
 from transformers import PreTrainedModel
 
 import mcsd
 from mcsd import Stats
-from tests.conftest import chi_square
 from tests.tiny import tiny
 
 VOCAB = 5
@@ -59,5 +59,5 @@ def p_of(found: list[Text]) -> float:
             wanted[text[:cut]] = wanted.get(text[:cut], 0.0) + mass
         for text in found:
             counts[text[:cut]] = counts.get(text[:cut], 0) + 1
-        worst = min(worst, chi_square(wanted.items(), counts))  # type: ignore[arg-type]
+        worst = min(worst, chi_square(wanted.items(), counts))
     return worst

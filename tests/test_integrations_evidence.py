@@ -4,57 +4,71 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import cases
+import decisions
+import interpreted
+import laws
+import lossless
 import numpy as np
 import pytest
+import robustness
 import torch
 from conftest import PValue
+from scipy import stats
 
 import mcsd_kernels
 from mcsd_kernels import Verified, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of logits near the largest number
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+PAIRS = [pytest.param(rule, proposal, id=f"{rule}-{proposal}") for rule in cases.RULES for proposal in cases.PROPOSALS]
 
 
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[dict[str, ModuleType]]:
-    sys.path.insert(0, str(SCRIPTS))
-    import laws
-    import lossless
-    import robustness
-
-    yield {"laws": laws, "lossless": lossless, "robustness": robustness}
-    sys.path.remove(str(SCRIPTS))
-
-
-def test_chi_square_is_the_tests_own(scripts: dict[str, ModuleType], p_value: PValue) -> None:
-    """The script needs no SciPy; its p-value is the same."""
+def test_chi_square_is_that_of_scipy(p_value: PValue) -> None:
+    """Outcomes of fewer than five expected counts are one cell."""
     rng = np.random.default_rng(0)
-    law = list(enumerate((0.5, 0.3, 0.15, 0.049, 0.001)))
-    for trials in (50, 500, 5000):
+    shares = np.array((0.5, 0.3, 0.15, 0.049, 0.001))
+    law = list(enumerate(shares))
+    for trials, cells in ((50, 4), (500, 5), (5000, 5)):
         for shift in (0.0, 0.02):
-            p = np.array([share for _, share in law]) + shift * np.array([-1, 1, 0, 0, 0])
-            counts = {i: int(n) for i, n in enumerate(rng.multinomial(trials, p)) if n}
-            assert scripts["laws"].chi_square(law, counts) == pytest.approx(p_value(law, counts), rel=1e-6)
-    assert scripts["laws"].chi_square(law, {7: 1}) == 0.0
+            found = rng.multinomial(trials, shares + shift * np.array([-1, 1, 0, 0, 0]))
+            seen, wanted = ([*x[: cells - 1], x[cells - 1 :].sum()] for x in (found, shares * trials))
+            expected = stats.chisquare(seen, wanted).pvalue
+            assert p_value(law, {i: int(n) for i, n in enumerate(found) if n}) == pytest.approx(expected, rel=1e-6)
+    assert p_value(law, {7: 1}) == 0.0
 
 
-def test_the_enumeration_sees_every_listed_mistake(scripts: dict[str, ModuleType]) -> None:
-    laws, lossless = scripts["laws"], scripts["lossless"]
+def test_what_so_many_samples_see_is_seen_so_often() -> None:
+    """By SciPy's non-central chi-square, and by samples of a law that is off in the direction hardest to see."""
+    for trials, outcomes in ((1000, 5), (12_500, 5), (12_500, 25)):
+        noncentrality = 4 * trials * laws.smallest_seen(trials, outcomes) ** 2
+        critical = stats.chi2.isf(0.01, outcomes - 1)
+        assert stats.ncx2.sf(critical, outcomes - 1, noncentrality) == pytest.approx(0.9, abs=1e-6)
+    rng, trials, shares = np.random.default_rng(0), 2000, np.full(4, 0.25)
+    off = shares + laws.smallest_seen(trials, 4) / 2 * np.array([1, 1, -1, -1])
+    values = [laws.chi_square(enumerate(shares), dict(enumerate(rng.multinomial(trials, off)))) for _ in range(400)]
+    assert 0.85 < np.mean(np.array(values) < 0.01) < 0.95
+
+
+@pytest.mark.parametrize(("rule", "proposal"), PAIRS)
+def test_every_decision_is_the_oracles_on_both_sides(rule: str, proposal: str) -> None:
+    found = decisions.decide(rule, proposal, "torch")
+    assert found.wrong == 0 and found.requests > 25
+    assert decisions.decide(rule, proposal, "torch", shift=1e-3).wrong > 0.25 * found.requests
+
+
+def test_the_enumeration_sees_every_listed_mistake() -> None:
     names = set()
     for name, proposal, rule, options, parents, model in lossless.mistakes():
         emitted = laws.enumerate_branches(model, parents, proposal, rule, **options)
         assert sum(emitted.law.values()) == pytest.approx(1, abs=1e-12)
-        assert laws.distances(model, emitted, laws.depth(parents) + 1)[1] > lossless.BIASED, name
+        assert laws.distances(model, emitted.law, laws.depth(parents) + 1)[1] > lossless.BIASED, name
         sound = options.get("drawn_as") or proposal
         right = laws.enumerate_branches(model, parents, sound, reference.recursive)
-        assert laws.distances(model, right, laws.depth(parents) + 1)[0] <= lossless.EXACT
+        assert laws.distances(model, right.law, laws.depth(parents) + 1)[0] <= lossless.EXACT
         names.add(name)
     bold = " ".join(name for name in names if name.startswith("**"))
     for rival in ("draft temperature 0", "longest path", "unchanged between siblings", "tested as if sampled"):
@@ -62,15 +76,15 @@ def test_the_enumeration_sees_every_listed_mistake(scripts: dict[str, ModuleType
 
 
 def test_a_small_page_is_written_and_a_wrong_one_is_not(
-    scripts: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lossless = scripts["lossless"]
-    monkeypatch.setattr(lossless, "interpreted", lambda requests: lossless.sampled("torch", requests, "cpu"))
-    monkeypatch.setattr(lossless, "problems", lambda: [(lossless.laws.random_model(4, 0), lossless.STAR)])
+    monkeypatch.setattr(decisions, "TREES", decisions.TREES[1:2])
+    monkeypatch.setattr(lossless, "problems", lambda: [(laws.random_model(4, 0), lossless.STAR)])
     mistakes = lossless.mistakes()[:1]
     monkeypatch.setattr(lossless, "mistakes", lambda: mistakes)
     page = tmp_path / "LOSSLESS.md"
-    monkeypatch.setattr(sys, "argv", ["lossless.py", "--output", str(page), "--scale", "0.015"])
+    options = ["--output", str(page), "--scale", "0.015", "--counts", str(tmp_path / "none.json")]
+    monkeypatch.setattr(sys, "argv", ["lossless.py", *options])
     assert lossless.main() == 0
     text = page.read_text()
     for wanted in (
@@ -80,8 +94,10 @@ def test_a_small_page_is_written_and_a_wrong_one_is_not(
         "| `traversal` | `greedy` |",
         "sorted by q",
         "from probabilities",
+        "both sides",
     ):
         assert wanted in text
+    assert "interpreted" not in text
     page.unlink()
 
     def biased(*arguments: Any, **options: Any) -> Verified:
@@ -93,15 +109,62 @@ def test_a_small_page_is_written_and_a_wrong_one_is_not(
     assert "NOT LOSSLESS" in capsys.readouterr().err
 
 
+def on_torch(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, but where it is told "triton"."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        return function(*arguments, **{**options, "backend": "torch"})
+
+    return call
+
+
+def test_the_interpreters_counts_are_kept_and_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In torch, which is faster: 1000 requests a rule and proposal, saved and added to, and what would be wrong."""
+    for name in ("draw_candidates", "draw_uniforms", "verify"):
+        monkeypatch.setattr(interpreted, name, on_torch(getattr(interpreted, name)))
+    monkeypatch.setattr(interpreted, "CHUNK", 500)
+    path = tmp_path / "counts.json"
+    for _ in range(2):
+        state = interpreted.load(path)
+        for proposal in cases.PROPOSALS:
+            interpreted.count(state, proposal)
+        interpreted.save(path, state)
+    counted = lossless.counted_before(path)
+    assert counted is not None
+    *rows, control = counted["rows"]
+    assert [row["requests"] for row in rows] == [1000] * 8 and all(row["differ"] == 0 for row in rows)
+    parts = {"enumerated": [], "sampled": {}, "controls": [], "decided": {}, "interpreted": counted}
+    assert lossless.judge(parts) == []
+    assert max(control["p"]) < lossless.CONTROL_P
+    lines = "\n".join(lossless.interpreter_lines(counted))
+    assert "these kernels" in lines and "| `traversal` | `point` | 1,000 |" in lines
+
+    seen = state["pairs"]["recursive point"]["counts"]
+    seen["0 0"], seen["1 1"] = seen["0 0"] + 150, seen["1 1"] - 150
+    state["control"] = state["pairs"]["traversal point"]
+    state["kernels"] = "others"
+    state["decisions"]["recursive point"] = {"kernels": "others"}
+    path.write_text(json.dumps(state))
+    assert not interpreted.is_current(interpreted.load(path))
+    counted = lossless.counted_before(path)
+    assert (
+        counted is not None
+        and counted["decided"] == []
+        and "changed since" in "\n".join(lossless.interpreter_lines(counted))
+    )
+    wrong = lossless.judge({**parts, "interpreted": counted})
+    assert len(wrong) == 2 and "recursive point" in wrong[0] and "control not seen" in wrong[1]
+
+
 def test_random_calls_hold_and_can_be_resumed(
-    scripts: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """120 calls in two halves, the second by `--resume`; the summary says what was met."""
     summary = tmp_path / "robustness.json"
     for calls, more in ((60, []), (120, ["--resume"])):
         options = ["--calls", str(calls), "--start", "100000", "--json", str(summary), *more]
         monkeypatch.setattr(sys, "argv", ["robustness.py", *options])
-        assert scripts["robustness"].main() == 0
+        assert robustness.main() == 0
         found = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert found["failures"] == [] and found["next"] == 100000 + calls
         assert found == json.loads(summary.read_text())
@@ -110,11 +173,7 @@ def test_random_calls_hold_and_can_be_resumed(
 
 
 @pytest.mark.parametrize("harm", ["crash", "neighbour", "input", "malformed"])
-def test_each_kind_of_harm_is_noticed(
-    harm: str, scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    robustness = scripts["robustness"]
-
+def test_each_kind_of_harm_is_noticed(harm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def harmful(**arguments: Any) -> Verified:
         found = mcsd_kernels.verify(**arguments)
         if harm == "crash":

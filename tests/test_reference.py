@@ -2,215 +2,50 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import cases
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
+from laws import (
+    Choices,
+    Context,
+    DraftedTree,
+    Law,
+    Model,
+    Rule,
+    Tosses,
+    all_runs,
+    depth,
+    distances,
+    enumerate_branches,
+    fixed_model,
+    random_model,
+)
 
 from mcsd_kernels import reference
-from mcsd_kernels.reference import Candidate, Coins, Outcome, Problem, candidate_law, row_law
+from mcsd_kernels.reference import Coins, Outcome, Problem, candidate_law, row_law
 from mcsd_kernels.sampling import SamplingParams
 from mcsd_kernels.types import DRAW_BLOCK, PLACEHOLDER, Status
 
-Law = NDArray[np.float64]
-Context = tuple[int, ...]
-Rule = Callable[[Problem, Coins], Outcome]
 RULES: dict[str, Rule] = {"recursive": reference.recursive, "traversal": reference.traversal}
 
 EXACT = 1e-12
 BIASED = 1e-3
 
 
-# How every branch is visited: a run takes its choices from a prefix, and from there on always the first possible one;
-# the others it leaves behind are the prefixes of runs to come.
-
-
-class Choices:
-    """The choices of one run, the probability of having made them, and the prefixes not taken."""
-
-    def __init__(self, prefix: tuple[int, ...]) -> None:
-        self.prefix = prefix
-        self.made: list[int] = []
-        self.probability = 1.0
-        self.left: list[tuple[int, ...]] = []
-
-    def choose(self, probabilities: list[float]) -> int:
-        if len(self.made) < len(self.prefix):
-            choice = self.prefix[len(self.made)]
-        else:
-            choice, *others = [i for i, probability in enumerate(probabilities) if probability > 0]
-            self.left += [(*self.made, other) for other in others]
-        self.made.append(choice)
-        self.probability *= probabilities[choice]
-        return choice
-
-
-def all_runs(run: Callable[[Choices], Any]) -> Iterator[tuple[Any, float]]:
-    prefixes: list[tuple[int, ...]] = [()]
-    while prefixes:
-        choices = Choices(prefixes.pop())
-        yield run(choices), choices.probability
-        prefixes += choices.left
-
-
-class EveryBranch:
-    """Coins that take every side in turn; the final draw is kept as a law, since nothing comes after it."""
-
-    def __init__(self, choices: Choices) -> None:
-        self.choices = choices
-        self.drawn: Law | None = None
-
-    def accept(self, node: int, scale: float, mass: float) -> bool:
-        probability = 0.0 if mass <= 0 else 1.0 if mass >= scale else mass / scale
-        return self.choices.choose([probability, 1 - probability]) == 0
-
-    def draw(self, weights: Law) -> int:
-        assert weights.sum() > 0, "a rule asked for a draw from nothing"
-        self.drawn = weights / weights.sum()
-        return PLACEHOLDER
-
-
-@dataclass(frozen=True)
-class Model:
-    """A target and a draft whose laws depend on the tokens since the root."""
-
-    target: Callable[[Context], Law]
-    draft: Callable[[Context], Law]
-
-
-@dataclass
-class DraftedTree:
-    """A tree whose candidates are drawn when a rule first asks for them: those it never sees cannot change its law."""
-
-    model: Model
-    parents: list[int]
-    proposal: str
-    choices: Choices
-    virtual: tuple[int, ...] = ()
-    points: tuple[int, ...] = ()
-    start: Context = ()
-    arrange: Callable[[Law, Context], Context] = lambda q, candidates: candidates
-    drawn_as: str | None = None
-    tokens: dict[int, int] = field(default_factory=dict)
-
-    def context(self, node: int) -> Context:
-        return self.start if node == 0 else (*self.context(self.parents[node]), self.tokens[node])
-
-    def children(self, node: int) -> list[Candidate]:
-        nodes = [i for i, parent in enumerate(self.parents) if parent == node and i > 0]
-        if not nodes:
-            return []
-        if nodes[0] not in self.tokens:
-            q = self.model.draft(self.context(node))
-            drawn = [i for i in nodes if i not in self.points]
-            tuples = candidate_law(q, len(drawn), self.drawn_as or self.proposal) if drawn else [((), 1.0)]
-            chosen = tuples[self.choices.choose([probability for _, probability in tuples])][0]
-            self.tokens.update(zip(drawn, self.arrange(q, chosen), strict=True))
-            # by id, so that some repeat a drawn sibling and some have no mass under the draft
-            self.tokens.update((i, i % len(q)) for i in nodes if i in self.points)
-        return [Candidate(i, self.tokens[i], i in self.virtual, i in self.points) for i in nodes]
-
-    def problem(self) -> Problem:
-        return Problem(
-            target=lambda node: self.model.target(self.context(node)),
-            draft=lambda node: self.model.draft(self.context(node)),
-            children=self.children,
-            proposal=self.proposal,
-        )
-
-
-@dataclass
-class Emitted:
-    """What one call emits: the joint law of the tokens, however many, and how many nodes are accepted on average.
-
-    An accepted virtual node counts among `accepted`, though it costs its call the token that would have followed it.
-    """
-
-    law: dict[Context, float]
-    accepted: float
-
-
-def emitted_by(model: Model, parents: list[int], proposal: str, rule: Rule, **options: Any) -> Emitted:
-    def run(choices: Choices) -> tuple[Context, int, Law | None]:
-        tree = DraftedTree(model, parents, proposal, choices, **options)
-        coins = EveryBranch(choices)
-        path, last = rule(tree.problem(), coins)
-        return tuple(tree.tokens[i] for i in path[1:]), last, coins.drawn
-
-    emitted = Emitted(defaultdict(float), 0.0)
-    for (accepted, last, drawn), probability in all_runs(run):
-        emitted.accepted += probability * (len(accepted) + (drawn is None))
-        if drawn is None:
-            emitted.law[(*accepted, last)] += probability
-        else:
-            for v in np.flatnonzero(drawn):
-                emitted.law[(*accepted, int(v))] += probability * float(drawn[v])
-    return emitted
-
-
-def error(model: Model, emitted: dict[Context, float], count: int) -> float:
+def error(model: Model, law: dict[Context, float], count: int) -> float:
     """The largest difference from the target's joint law of `count` tokens, the target continuing what was emitted."""
-    actual, expected = dict(emitted), {(): 1.0}
-    for n in range(count):
-        expected = _continued(model, expected, n)
-        if n > 0:
-            actual = _continued(model, actual, n)
-    return max(abs(actual.get(tokens, 0.0) - expected.get(tokens, 0.0)) for tokens in {*actual, *expected})
-
-
-def _continued(model: Model, law: dict[Context, float], length: int) -> dict[Context, float]:
-    longer: dict[Context, float] = defaultdict(float)
-    for tokens, probability in law.items():
-        if len(tokens) > length:
-            longer[tokens] += probability
-            continue
-        for v, share in enumerate(model.target(tokens)):
-            if share > 0:
-                longer[(*tokens, v)] += probability * float(share)
-    return longer
-
-
-def depth(parents: list[int]) -> int:
-    def of(node: int) -> int:
-        return 0 if parents[node] < 0 else 1 + of(parents[node])
-
-    return max(of(i) for i in range(len(parents)))
+    return distances(model, law, count)[0]
 
 
 def named_model(name: str) -> Model:
     """The pair of laws `cases.LAWS[name]`, their tokens renamed by a permutation that depends on the context."""
     p, q, _ = cases.LAWS[name]
-
-    def order(context: Context) -> NDArray[np.int64]:
-        return np.random.default_rng([7, *context]).permutation(len(p)) if context else np.arange(len(p))
-
-    return Model(
-        functools.cache(lambda context: np.array(p)[order(context)] / sum(p)),
-        functools.cache(lambda context: np.array(q)[order(context)] / sum(q)),
-    )
-
-
-def random_model(
-    vocab: int, seed: int, target: dict[str, float] | None = None, draft: dict[str, float] | None = None
-) -> Model:
-    """Unrelated random logits after every context, through temperature and filters."""
-
-    def logits(side: int, context: Context) -> Law:
-        # halves, so that ties at the cut-off occur
-        return np.round(np.random.default_rng([seed, side, *context]).normal(size=vocab) * 3) / 2
-
-    return Model(
-        functools.cache(lambda context: row_law(logits(0, context), **(target or {}))),
-        functools.cache(lambda context: row_law(logits(1, context), **(draft or {}))),
-    )
+    return fixed_model(p, q)
 
 
 # what sampling does to a model, and why it is here
@@ -230,12 +65,11 @@ def prove(
     """Both rules are lossless, and traversal accepts at least as many nodes."""
     accepted = {}
     for name, rule in RULES.items():
-        emitted = emitted_by(model, parents, proposal, rule, virtual=virtual, points=points)
+        emitted = enumerate_branches(model, parents, proposal, rule, virtual=virtual, points=points)
         assert abs(sum(emitted.law.values()) - 1) <= EXACT, name
         assert error(model, emitted.law, depth(parents) + 1) <= EXACT, name
         if not virtual:
-            tokens = sum(len(tokens) * probability for tokens, probability in emitted.law.items())
-            assert tokens == pytest.approx(emitted.accepted + 1, abs=EXACT), name
+            assert emitted.length == pytest.approx(emitted.accepted + 1, abs=EXACT), name
         accepted[name] = emitted.accepted
     assert accepted["traversal"] >= accepted["recursive"] - EXACT
 
@@ -324,7 +158,7 @@ def test_control_a_chosen_sibling_tested_as_if_drawn_is_biased() -> None:
 
     model = random_model(5, 1)
     for rule in RULES.values():
-        emitted = emitted_by(model, [-1, 0, 0], "with_replacement", rule, arrange=as_if_drawn)
+        emitted = enumerate_branches(model, [-1, 0, 0], "with_replacement", rule, arrange=as_if_drawn)
         assert error(model, emitted.law, 2) > BIASED
 
 
@@ -340,7 +174,7 @@ def test_control_candidates_sorted_by_q_are_biased() -> None:
         return tuple(sorted(candidates, key=lambda x: -q[x]))
 
     for rule in RULES.values():
-        emitted = emitted_by(model, [-1, 0, 0], "without_replacement", rule, arrange=by_q)
+        emitted = enumerate_branches(model, [-1, 0, 0], "without_replacement", rule, arrange=by_q)
         assert error(model, emitted.law, 2) > BIASED
 
 
@@ -351,7 +185,7 @@ def test_control_a_filter_on_sampled_candidates_is_biased() -> None:
         return tuple(x if q[x] > 0.2 else -1 for x in candidates)
 
     for rule in RULES.values():
-        emitted = emitted_by(model, [-1, 0, 0], "with_replacement", rule, arrange=only_likely)
+        emitted = enumerate_branches(model, [-1, 0, 0], "with_replacement", rule, arrange=only_likely)
         assert error(model, emitted.law, 2) > BIASED
 
 
@@ -364,19 +198,19 @@ def test_control_a_stale_residual_is_biased() -> None:
         return [0], coins.draw(np.maximum(p - q, 0.0))
 
     model = random_model(5, 1)
-    assert error(model, emitted_by(model, [-1, 0], "without_replacement", stale).law, 2) <= EXACT
+    assert error(model, enumerate_branches(model, [-1, 0], "without_replacement", stale).law, 2) <= EXACT
     for proposal in ("with_replacement", "without_replacement"):
-        assert error(model, emitted_by(model, [-1, 0, 0], proposal, stale).law, 2) > BIASED
+        assert error(model, enumerate_branches(model, [-1, 0, 0], proposal, stale).law, 2) > BIASED
 
 
 def test_control_top_k_children_tested_as_if_sampled_are_biased() -> None:
     model = random_model(5, 1)
     for rule in RULES.values():
-        emitted = emitted_by(model, [-1, 0, 0], "without_replacement", rule, drawn_as="point")
+        emitted = enumerate_branches(model, [-1, 0, 0], "without_replacement", rule, drawn_as="point")
         assert error(model, emitted.law, 2) > BIASED
 
 
-class CoinsByPosition(EveryBranch):
+class CoinsByPosition(Tosses):
     """One coin for each position of the text: a call that meets a coin again knows in which interval it lies."""
 
     def __init__(self, choices: Choices, known: dict[int, tuple[float, float]], first: int) -> None:
