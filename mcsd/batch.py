@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -34,20 +35,28 @@ def read_prompts(path: Path) -> list[Prompt]:
     Blank lines are skipped; the id of a prompt without one is the number of its line.
 
     Raises:
-        ValueError: a line is not such an object, an id occurs twice, or there is no prompt.
+        ValueError: a line is not such an object, an id occurs twice, there is no prompt, or the file is not UTF-8.
     """
     as_json = path.suffix.lower() in (".jsonl", ".ndjson")
+    if path.suffix.lower() == ".json":
+        raise ValueError(f"{path}: expected text, or JSON lines in a file that ends in .jsonl")
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {number}: expected UTF-8, got the byte {data[error.start]:#04x}") from None
     prompts: list[Prompt] = []
     lines: dict[str | int, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         line = line.removesuffix("\r")
         if not line.strip():
             continue
-        name, text = _parse(line, f"{path}, line {number}", number) if as_json else (number, line)
+        name, prompt = _parse(line, f"{path}, line {number}", number) if as_json else (number, line)
         if name in lines:
             raise ValueError(f"{path}, line {number}: the id {name!r} stands in line {lines[name]} already")
         lines[name] = number
-        prompts.append(Prompt(name, text, len(prompts)))
+        prompts.append(Prompt(name, prompt, len(prompts)))
     if not prompts:
         raise ValueError(f"{path}: expected at least one prompt")
     return prompts
@@ -85,9 +94,10 @@ class Share:
         """What torchrun and accelerate say: RANK, WORLD_SIZE and LOCAL_RANK; without them one process does all.
 
         Raises:
-            ValueError: they are no such numbers.
+            ValueError: they are no such numbers, or there are several processes and this one has no rank.
         """
-        rank, count = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
+        count = environment.get("WORLD_SIZE", "1")
+        rank = environment.get("RANK", "0" if count == "1" else "")
         try:
             share = Share(int(rank), int(count), int(environment.get("LOCAL_RANK", rank)))
         except ValueError:
@@ -101,13 +111,32 @@ class Share:
         return prompt.index % self.count == self.rank
 
 
+def check_output(path: Path | None, batch_file: Path | None = None, share: Share = Share()) -> None:
+    """What can be said of a place for results before any model is loaded.
+
+    Raises:
+        ValueError: it is no place for results, the prompts themselves, or no file while several processes need one.
+    """
+    if path is None:
+        if share.count > 1:
+            raise ValueError(f"output: expected a file, which {share.count} processes can share, got standard output")
+        return
+    if not path.parent.is_dir():
+        raise ValueError(f"output: expected a file in a folder that exists, {path.parent} does not")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"output: expected a file that can be read and continued, got {path}")
+    if batch_file is not None and path.exists() and path.samefile(batch_file):
+        raise ValueError(f"output: expected another file than the prompts', got {path}")
+
+
 class Results:
     """JSON lines, one a prompt, each written whole; files that are there already are continued.
 
     One process writes to the file itself. Several write to a part each, `NAME.part-RANK`, and whoever finds all prompts
     done puts the parts together in the order of the prompts and removes them; that may happen twice at once, with the
     same outcome. What any file holds counts as done, however many processes wrote it. A last line without its end
-    (a run was killed while writing it) is removed, so that its prompt is done again.
+    (a run was killed while writing it) is removed, so that its prompt is done again. A prompt that cannot be done has
+    a row, too, with an "error" in place of a text.
 
     Args:
         path: None: standard output.
@@ -123,12 +152,13 @@ class Results:
     def __init__(
         self, path: Path | None, prompts: Sequence[Prompt], settings: dict[str, Any], share: Share = Share()
     ) -> None:
-        if path is None and share.count > 1:
-            raise ValueError(f"output: expected a file, which {share.count} processes can share, got standard output")
+        check_output(path, share=share)
+        path = path and Path(os.path.realpath(path))  # a link stays one when the parts are put together
         self.path, self.settings, self.share = path, settings, share
         self._prompts = prompts
         self._texts = {prompt.id: prompt.text for prompt in prompts}
         self.done: set[str | int] = set()
+        self.failed: set[str | int] = set()  # those of them that have an error
         self._file: BinaryIO | None = None
         if path is None:
             return
@@ -166,6 +196,8 @@ class Results:
             sys.stdout.write(line)
             sys.stdout.flush()
         self.done.add(prompt.id)
+        if "error" in row:
+            self.failed.add(prompt.id)
 
     def finish(self) -> bool:
         """Put the parts together if all prompts are done; returns whether the file is complete."""
@@ -183,15 +215,27 @@ class Results:
         order = {prompt.id: prompt.index for prompt in self._prompts}
         rows = sorted(lines.items(), key=lambda item: order.get(item[0], len(order)))
         whole = self.path.with_name(f"{self.path.name}.whole-{self.share.rank}")
-        whole.write_bytes(b"".join(line + b"\n" for _, line in rows))
-        os.replace(whole, self.path)
-        for part in parts:
-            part.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process has just cleared it away, with a whole file of its own
+            try:
+                with whole.open("wb") as new:
+                    new.writelines(line + b"\n" for _, line in rows)
+                    new.flush()
+                    os.fsync(new.fileno())
+                os.replace(whole, self.path)
+            except OSError:
+                whole.unlink(missing_ok=True)
+                raise
+        for left in [*parts, *self._beside("whole")]:
+            left.unlink(missing_ok=True)
         return True
 
     def _parts(self) -> list[Path]:
+        return self._beside("part")
+
+    def _beside(self, kind: str) -> list[Path]:
+        """The files `NAME.KIND-RANK`."""
         assert self.path is not None
-        return sorted(self.path.parent.glob(glob.escape(self.path.name) + ".part-*"))
+        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.{kind}-[0-9]*"))
 
     def _read(self, path: Path) -> dict[str | int, bytes]:
         """Whole lines of a file by the id of their prompt; a file that is not there has none."""
@@ -202,11 +246,10 @@ class Results:
         found: dict[str | int, bytes] = {}
         for number, line in enumerate(lines, 1):
             where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-                name, text, settings = row["id"], row["prompt"], row["settings"]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{where}: no result of this program; choose another --output") from None
+            row = _result(line)
+            if row is None:
+                raise ValueError(f"{where}: no result of this program; choose another --output")
+            name, text, settings = row["id"], row["prompt"], row["settings"]
             if name in self._texts and self._texts[name] != text:
                 raise ValueError(f"{where}: the result of another prompt {name!r}; choose another --output")
             for key in sorted(self.settings.keys() | settings.keys()):
@@ -216,8 +259,9 @@ class Results:
                         f"{self.settings.get(key)!r}; choose another --output"
                     )
             found[name] = line
-        start = b'{"id": '
-        if not (torn.startswith(start) or start.startswith(torn)):
+            if "error" in row:
+                self.failed.add(name)
+        if torn and not _is_torn(torn):
             raise ValueError(f"{path}, line {len(lines) + 1}: no result of this program; choose another --output")
         return found
 
@@ -225,6 +269,27 @@ class Results:
     def _whole_bytes(path: Path) -> int:
         """Length of the file up to the end of its last whole line."""
         return path.read_bytes().rfind(b"\n") + 1
+
+
+def _result(line: bytes) -> dict[str, Any] | None:
+    """The row that a line holds; None: it is none of ours."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("id"), (str, int)):
+        return None
+    return row if isinstance(row.get("prompt"), str) and isinstance(row.get("settings"), dict) else None
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether a line without its end may be the beginning of a row, or a whole one; other people's files are not."""
+    start = b'{"id": '
+    try:
+        json.loads(line)
+    except ValueError:
+        return line.startswith(start) or start.startswith(line)
+    return _result(line) is not None
 
 
 def _lock(file: BinaryIO) -> bool:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .pairs import Pair, Run
     from .profile import Profile
 
-WRONG, INTERRUPTED = 2, 130
+FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
 # Of several kinds, since what a draft gets right depends on the text.
 BENCH_PROMPTS = (
@@ -127,10 +127,11 @@ def generate(
         raise ValueError("prompt: expected either PROMPT or --batch-file")
     if batch_file is None and output is not None:
         raise ValueError("output: only --batch-file writes to a file; redirect stdout instead")
-    from .batch import Share, read_prompts
+    from .batch import Share, check_output, read_prompts
 
     prompts = read_prompts(batch_file) if batch_file else []
     share = Share.of_environment() if prompts else Share()
+    check_output(output, batch_file, share)
     if share.count > 1:
         settings = _on_own_device(settings, share.local)
         as_json = as_json or share.rank > 0  # one process talks
@@ -190,41 +191,72 @@ def _on_own_device(settings: Settings, local: int) -> Settings:
 
 def _batch(pair: Pair, prompts: list[Prompt], output: Path | None, compare: bool, share: Share, quiet: bool) -> None:
     from .batch import Results
-    from .screen import stderr, waiting
+    from .screen import complaints, stderr, waiting
 
     console = stderr()
     tokens = calls = 0
     seconds = 0.0
-    if compare:
-        with waiting("warming up", quiet):
-            pair.warm_up(pair.encode(prompts[0].text))
     # the number of the GPU is not what a result depends on
-    described = pair.describe() | {"device": pair.device.type if share.count > 1 else str(pair.device)}
+    described = pair.describe() | {"device": pair.device.type, "seed": pair.settings.seed}
     with Results(output, prompts, described, share) as results:
         todo = results.todo
         done = sum(prompt.id in results.done for prompt in prompts)
         if not quiet and done:
-            console.print(f"{done} of {len(prompts)} prompts are in {output} already", style="dim")
+            console.print(f"{done} of {len(prompts)} prompts are in {output} already", style="dim", markup=False)
+        if compare and todo:
+            with waiting("warming up", quiet):
+                pair.warm_up(pair.encode(BENCH_PROMPTS[0]))
         for number, prompt in enumerate(todo, 1):
+            if reason := _refusal(pair, prompt):
+                results.write(prompt, {"prompt": prompt.text, "error": reason})
+                _tell(f"{prompt.id!r}: {reason}")
+                continue
             with waiting(f"prompt {number} of {len(todo)}", quiet):
                 run = pair.run(prompt.text, seed=pair.settings.seed + prompt.index)
                 if compare:
                     pair.compare(run)
             if run.stats.interrupted:
                 if not quiet:
-                    console.print(f"interrupted at {prompt.id!r}; what came before it is written", style="yellow")
+                    _tell(f"interrupted at {prompt.id!r}; what came before it is written")
                 _leave(run)
             results.write(prompt, run.as_dict())
+            for line in complaints(run):
+                _tell(f"{prompt.id!r}: {line}")
             tokens, calls, seconds = tokens + run.stats.tokens, calls + run.stats.target_calls, seconds + run.seconds
         whole = results.finish()
     if not quiet and share.count > 1:
-        console.print(f"{output} is complete" if whole else "the other processes have prompts left", style="dim")
+        said = f"{output} is complete" if whole else "the other processes have prompts left"
+        console.print(said, style="dim", markup=False)
     if not quiet and todo:
         console.print(
             f"{len(todo)} prompts · {tokens} tokens · {tokens / max(calls, 1):.2f} tokens per target call · "
-            f"{tokens / seconds:.1f} tokens/s",
+            f"{tokens / max(seconds, 1e-9):.1f} tokens/s",
             style="dim",
         )
+    # not before all is done: torchrun ends the others when one process fails
+    if whole and (failed := [prompt.id for prompt in prompts if prompt.id in results.failed]):
+        _tell(f"{len(failed)} of {len(prompts)} prompts failed, {failed[0]!r} the first; their rows say why")
+        raise typer.Exit(FAILED)
+
+
+def _refusal(pair: Pair, prompt: Prompt) -> str | None:
+    """Why this one prompt of a file cannot be continued, whatever becomes of the others."""
+    try:
+        length = pair.encode(prompt.text).shape[1]
+    except (ValueError, TypeError) as error:  # TypeError: text that is no Unicode
+        return " ".join(str(error).split())
+    positions = getattr(pair.target.config.get_text_config(decoder=True), "max_position_embeddings", None) or 0
+    new = pair.settings.max_new_tokens
+    if new < positions < length + new:
+        return f"prompt: {length} tokens and {new} new ones do not fit the model's {positions} positions"
+    return None
+
+
+def _tell(line: str) -> None:
+    """A line on stderr that a person should see."""
+    from .screen import stderr
+
+    stderr().print(line, style="yellow", markup=False, soft_wrap=True)
 
 
 @app.command()

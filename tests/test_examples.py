@@ -27,6 +27,7 @@ def test_every_example_has_a_test() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "custom_drafter.py",
         "generate_text.py",
+        "tensor_parallel.py",  # in test_tensor_parallel.py
         "verify_a_tree.py",
     }
 

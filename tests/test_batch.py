@@ -1,0 +1,251 @@
+"""Batch files under attack: kills, full disks, other people's files, prompts that cannot be done."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_folders import save_model
+from typer.testing import CliRunner, Result
+
+from mcsd import batch
+from mcsd.cli import app
+
+# One process of several, with rows that take several writes to get to the disk, and no model.
+WORKER = """
+    import os, resource, sys, time
+    from pathlib import Path
+    from mcsd.batch import Prompt, Results, Share
+
+    if "LIMIT" in os.environ:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LIMIT"]),) * 2)
+    prompts = [Prompt(n, f"text {n}", n) for n in range(40)]
+    with Results(Path(sys.argv[1]), prompts, {"a": 1}, Share.of_environment()) as results:
+        for prompt in results.todo:
+            time.sleep(0.002)
+            results.write(prompt, {"prompt": prompt.text, "text": f"{prompt.id} " * 40_000})
+        results.finish()
+"""
+
+
+def start(path: Path, rank: int, count: int, **environment: str) -> subprocess.Popen[bytes]:
+    ranks = {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(WORKER), str(path)],
+        env={**os.environ, **ranks, **environment}, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def check_whole(path: Path) -> None:
+    """Every prompt once, each row whole, and nothing left beside the file."""
+    assert list(path.parent.iterdir()) == [path]
+    rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    assert sorted(row["id"] for row in rows) == list(range(40))
+    for row in rows:
+        assert (row["prompt"], row["text"]) == (f"text {row['id']}", f"{row['id']} " * 40_000)
+
+
+def test_nothing_is_lost_or_doubled_by_kills(tmp_path: Path) -> None:
+    """Rounds of one to three processes, each ended at a random moment in a random way, and then one that may finish."""
+    path, rng = tmp_path / "results.jsonl", random.Random(0)
+    for _ in range(6):
+        count = rng.randint(1, 3)
+        workers = [start(path, rank, count) for rank in range(count)]
+        before = held(path)
+        deadline = time.monotonic() + 30
+        while held(path) <= before and any(w.poll() is None for w in workers) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        for worker in workers:
+            time.sleep(rng.random() * 0.02)
+            worker.send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+        for worker in workers:
+            worker.communicate(timeout=60)
+    assert held(path) > 0
+    last = start(path, 0, 1)
+    _, complaint = last.communicate(timeout=60)
+    assert last.returncode == 0, complaint
+    check_whole(path)
+
+
+def held(path: Path) -> int:
+    """Bytes in the file and its parts."""
+    sizes = 0
+    for file in path.parent.glob(f"{path.name}*"):
+        try:
+            sizes += file.stat().st_size
+        except FileNotFoundError:  # put together just now
+            continue
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("limit", "count"), [(1_000_000, 1), (1_000_000, 2), (3_000_000, 2)], ids=["one", "part", "whole"]
+)
+def test_a_full_disk_loses_nothing(tmp_path: Path, limit: int, count: int) -> None:
+    """No file may grow past a limit: one process's, a part, or only the whole that is put together at the end."""
+    path = tmp_path / "results.jsonl"
+    for rank in range(count):
+        worker = start(path, rank, count, LIMIT=str(limit))
+        _, complaint = worker.communicate(timeout=60)
+        full = limit < 3_000_000 or rank == count - 1
+        assert worker.returncode == int(full), complaint
+        assert not full or b"File too large" in complaint
+    assert not list(tmp_path.glob("*.whole-*"))
+    last = start(path, 0, 1)
+    _, complaint = last.communicate(timeout=60)
+    assert last.returncode == 0, complaint
+    check_whole(path)
+
+
+def test_a_killed_finish_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.with_name("results.jsonl.whole-2").write_bytes(b'{"id": 0, "pro')
+    workers = [start(path, rank, 2) for rank in range(2)]
+    for worker in workers:
+        _, complaint = worker.communicate(timeout=60)
+        assert worker.returncode == 0, complaint
+    check_whole(path)
+
+
+def test_a_link_to_the_results_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "results.jsonl").symlink_to(tmp_path / "disk" / "results.jsonl")
+    (tmp_path / "disk" / "results.jsonl").touch()
+    for rank in range(2):
+        with batch.Results(tmp_path / "results.jsonl", PROMPTS, {}, batch.Share(rank, 2)) as results:
+            results.write(results.todo[0], {"prompt": results.todo[0].text})
+            results.finish()
+    assert (tmp_path / "results.jsonl").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["results.jsonl"]
+    assert len((tmp_path / "disk" / "results.jsonl").read_text().splitlines()) == 2
+
+
+PROMPTS = [batch.Prompt("one", "Hello", 0), batch.Prompt("two", "Goodbye", 1)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param('{"id": "one", "prompt": "Hello"}', id="one-prompt-without-a-line-end"),
+        pytest.param('{"id": [1], "prompt": "Hello", "settings": {}}\n', id="id-is-a-list"),
+        pytest.param('{"id": "one", "prompt": "Hello", "settings": 5}\n', id="settings-are-a-number"),
+        pytest.param('{"id": "one", "prompt": null, "settings": {}}\n', id="prompt-is-null"),
+        pytest.param("\n", id="blank-line"),
+    ],
+)
+def test_other_people_s_files_are_left_alone(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "theirs.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="no result of this program; choose another --output"):
+        batch.Results(path, PROMPTS, {})
+    assert path.read_text() == text
+
+
+def test_places_that_are_no_place_for_results(tmp_path: Path) -> None:
+    prompts, link = tmp_path / "prompts.jsonl", tmp_path / "link.jsonl"
+    prompts.write_text('{"prompt": "Hello"}')
+    link.symlink_to(prompts)
+    for path in (prompts, link):
+        with pytest.raises(ValueError, match="output: expected another file than the prompts', got "):
+            batch.check_output(path, prompts)
+    with pytest.raises(ValueError, match=r"output: expected a file in a folder that exists, .*nowhere does not"):
+        batch.check_output(tmp_path / "nowhere" / "results.jsonl", prompts)
+    with pytest.raises(ValueError, match="output: expected a file that can be read and continued, got /dev/full"):
+        batch.check_output(Path("/dev/full"), prompts)
+    batch.check_output(tmp_path / "results.jsonl", prompts)
+    assert prompts.read_text() == '{"prompt": "Hello"}'
+
+
+def test_prompts_from_any_editor(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffwörld\r\n\r\n same \r\n same \r\n  \r\nlast".encode())
+    assert [(p.id, p.text, p.index) for p in batch.read_prompts(path)] == [
+        (1, "wörld", 0), (3, " same ", 1), (4, " same ", 2), (6, "last", 3),
+    ]  # fmt: skip
+    path.write_bytes(b"fine\nna\xefve\n")
+    with pytest.raises(ValueError, match=r"prompts.txt, line 2: expected UTF-8, got the byte 0xef"):
+        batch.read_prompts(path)
+    path.with_suffix(".json").write_text('[{"prompt": "a"}]')
+    with pytest.raises(ValueError, match=r"prompts.json: expected text, or JSON lines in a file that ends in .jsonl"):
+        batch.read_prompts(path.with_suffix(".json"))
+
+
+def test_one_of_several_processes_has_a_rank() -> None:
+    """WORLD_SIZE alone, which a cluster may set, must not make one process do half of the work in silence."""
+    assert batch.Share.of_environment({"WORLD_SIZE": "1"}) == batch.Share()
+    with pytest.raises(ValueError, match="RANK, WORLD_SIZE: expected numbers as torchrun sets them, got '' and '2'"):
+        batch.Share.of_environment({"WORLD_SIZE": "2"})
+
+
+# ---- the command
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "target", 0)
+
+
+def generate(target: Path, prompts: Path, output: Path, *more: str) -> Result:
+    options = ["--target", str(target), "--draft", "ngram", "--dtype", "float32", "--device", "cpu", "--raw"]
+    options += ["--max-new-tokens", "4", "--batch-file", str(prompts), "--output", str(output), *more]
+    return CliRunner().invoke(app, ["generate", *options])
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_prompt_that_cannot_be_done_stops_no_other(target: Path, tmp_path: Path) -> None:
+    """It has a row that says why, and the exit code says that there are such rows, now and when all is done."""
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
+    texts = ["x" * 255, "Hello", "", "\ud800", "Hello"]
+    prompts.write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
+    result = generate(target, prompts, output)
+    assert result.exit_code == 1, result.output
+    rows = rows_of(output)
+    assert [row["id"] for row in rows] == [1, 2, 3, 4, 5]
+    assert ["error" in row for row in rows] == [True, False, True, True, False]
+    assert rows[0]["error"] == "prompt: 255 tokens and 4 new ones do not fit the model's 256 positions"
+    assert "expected at least one token" in rows[2]["error"]
+    assert [row["prompt"] for row in rows] == texts
+    assert "text" not in rows[3] and len(rows[1]["tokens"]) == 4
+    for line in (f"1: {rows[0]['error']}", "3 of 5 prompts failed, 1 the first; their rows say why"):
+        assert line in result.stderr
+    kept = output.read_bytes()
+    again = generate(target, prompts, output)
+    assert again.exit_code == 1 and "3 of 5 prompts failed" in again.stderr
+    assert output.read_bytes() == kept
+
+
+def test_settings_that_fit_no_prompt_write_no_rows(target: Path, tmp_path: Path) -> None:
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "results.jsonl"
+    prompts.write_text("Hello")
+    for options in (["--max-new-tokens", "256"], ["--top-p", "2"]):
+        result = generate(target, prompts, output, *options)
+        assert result.exit_code == 2 and "expected" in result.stderr
+        assert output.read_bytes() == b""
+
+
+def test_another_seed_is_refused(target: Path, tmp_path: Path) -> None:
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "results.jsonl"
+    prompts.write_text("Hello\nGoodbye")
+    assert generate(target, prompts, output, "--seed", "5").exit_code == 0
+    assert [row["seed"] for row in rows_of(output)] == [5, 6]
+    result = generate(target, prompts, output)
+    assert result.exit_code == 2 and "written with seed = 5, now it is 0" in result.stderr
+
+
+def test_mistakes_are_found_before_a_model_is_loaded(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Hello")
+    result = generate(Path("./nowhere"), prompts, prompts)
+    assert result.exit_code == 2 and "output: expected another file than the prompts'" in result.stderr
