@@ -45,12 +45,12 @@ def _take_most_probable(
         best = tl.max(maxima, 0)
         block = tl.min(tl.where(maxima == best, index, BLOCKS), 0)
         ids = block * DRAW_BLOCK + tl.arange(0, DRAW_BLOCK)
-        logits = load_logits(row[0], ids, True, VOCAB)
+        logits = load_logits(row[0], row[1], ids, True, VOCAB)
         # what has been taken is all that comes before (largest, token) in the order of taking
         taken = (logits > largest) | ((logits == largest) & (ids <= token))
         left = tl.where(taken, -INFINITY, logits)
         found = tl.min(tl.where((left == best) & ~taken, ids, VOCAB), 0)
-        if (found < VOCAB) & (probability(row, tl.where(found < VOCAB, found, -1)) > 0.0):
+        if (found < VOCAB) & (probability(row, tl.where(found < VOCAB, found, -1), VOCAB) > 0.0):
             largest, token = best, found
             tl.store(tokens_ptr + i, found.to(tl.int64))
             tl.store(maxima_ptr + block, tl.max(tl.where(ids == found, -INFINITY, left), 0))
@@ -88,10 +88,13 @@ def _draw_candidates_kernel(
 
     scale, top_k, top_p, log_min_p, sound = parameters(sampling, request, VOCAB)
     if sound:
-        row, bits = find_law(
-            logits_ptr + request * logits_stride_row, (scale, top_k, top_p, log_min_p), statistics_ptr,
+        plain, no_row = (None, None, None), (None, (None, None, None), None)
+        row_ptr = logits_ptr + request * logits_stride_row
+        numbers, bits = find_law(
+            (row_ptr, row_ptr), plain, (scale, top_k, top_p, log_min_p), statistics_ptr,
             FILTERS, False, VOCAB, TILE, BLOCKS,
         )  # fmt: skip
+        row = ((row_ptr, row_ptr), plain, numbers)
         if bits == 0:
             masses = law_masses(row, statistics_ptr, VOCAB, BLOCKS)
             certain = 0
@@ -100,7 +103,7 @@ def _draw_candidates_kernel(
                 _take_most_probable(row, certain, tokens_ptr, statistics_ptr, VOCAB, BLOCKS)
                 tl.debug_barrier()
             if PROPOSAL == "greedy":
-                masses = strike_out(masses, row, None, 0.0, tokens_ptr, certain, VOCAB, BLOCKS)
+                masses = strike_out(masses, row, no_row, 0.0, tokens_ptr, certain, VOCAB, BLOCKS)
             if PROPOSAL != "point":
                 seed = tl.load(seeds_ptr + request * seeds_stride)
                 at, node = step, 0
@@ -114,14 +117,14 @@ def _draw_candidates_kernel(
                     u_block = tl.sum(tl.where(pair == 0, coins, 0.0), 0)
                     u_place = tl.sum(tl.where(pair == 1, coins, 0.0), 0)
                     struck = 0 if PROPOSAL == "with_replacement" else certain + i
-                    token = draw(masses, row, None, 0.0, tokens_ptr, struck, u_block, u_place, VOCAB)
+                    token = draw(masses, row, no_row, 0.0, tokens_ptr, struck, u_block, u_place, VOCAB)
                     tl.debug_barrier()
                     tl.store(tokens_ptr + certain + i, token.to(tl.int64))
                     tl.debug_barrier()
                     if PROPOSAL == "without_replacement":  # noqa: SIM102 (decided when compiling)
                         if token >= 0:
                             block = token // DRAW_BLOCK
-                            left = tl.sum(block_weights(row, None, 0.0, block, tokens_ptr, struck + 1, VOCAB), 0)
+                            left = tl.sum(block_weights(row, no_row, 0.0, block, tokens_ptr, struck + 1, VOCAB), 0)
                             masses = tl.where(tl.arange(0, BLOCKS) == block, left, masses)
 
 

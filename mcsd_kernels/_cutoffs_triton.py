@@ -29,7 +29,9 @@ def _row_cutoffs_kernel(
     settings = (tl.where(sound, scale, 0.0), top_k, top_p, log_min_p)  # at temperature 0 nothing is filtered
     row_ptr = logits_ptr + row * logits_stride_row
     statistics_ptr += row * 2 * tl.cdiv(VOCAB, DRAW_BLOCK)
-    cutoff, _, _, _ = filter_row(row_ptr, settings, statistics_ptr, True, False, 2, VOCAB, TILE, BLOCKS)
+    cutoff, _, _, _ = filter_row(
+        (row_ptr, row_ptr), (None, None, None), settings, statistics_ptr, True, False, 2, VOCAB, TILE, BLOCKS
+    )  # fmt: skip
     tl.store(cutoffs_ptr + row, cutoff)
 
 

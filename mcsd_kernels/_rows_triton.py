@@ -7,12 +7,30 @@ rows or the hardware's reduction tree, and an inverse CDF over them has no round
 launched with `row_options`: without fused multiply-adds, which are the compiler's choice, every pass sees the same
 weights.
 
-A row travels as a tuple, from `find_law`:
+A row travels as a tuple
 
-    row = (row_ptr, scale, cutoff, top, inverse, only)
+    row = (pointers, kind, numbers)
+    pointers = (row_ptr, words_ptr)
+    kind = (bitmask, columns_ptr, laws)
+    numbers = (scale, cutoff, top, inverse, only)
 
-`row_ptr` its first logit; `top` the largest logit; the law of token v with logit x is exp((x - top) scale) inverse
-where x >= cutoff and 0 elsewhere; with only >= 0 (temperature 0) it is 1 at that token alone.
+`row_ptr` points to its first entry. The numbers come from `find_law`: `top` is the largest logit; the law of token v
+with logit x is exp((x - top) scale) inverse where x >= cutoff and 0 elsewhere; with only >= 0 (temperature 0) it is 1
+at that token alone. The kind is known when a kernel is compiled, each entry by being None or not; a plain row of logits
+has three times None:
+
+* `bitmask`: the row is read as if it held -inf at the tokens whose bit is not set in its words, from `words_ptr` on,
+  32 tokens a word. Without it `words_ptr` is any pointer.
+* `columns_ptr`: the row's columns are a vocabulary of their own (a draft's). `[VOCAB + 1 + 2 columns]` i32: the
+  column of each token, -1 where none; -1 if no two columns have the same token; for each column the next one of the
+  same token, or -1; each column's token, -1 where it is none. The columns of one token add up.
+* `laws`: the row holds probabilities. It has no numbers and no statistics, for the weight of a token is the entry
+  itself: single entries are read as they are, and what needs the mass of the row is a pass over it. Such a row may be
+  no law. An entry below 0 has no mass. A NaN, an infinity, or a sum of `LARGEST_SUM` or more spoils the mass that a
+  pass finds: a draw block gets the mass -1, see `is_spoilt`, and a sum is NaN.
+
+Where there is no row, `(None, (None, None, None), None)` takes its place: of a tuple that holds None, older compilers
+cannot say whether it is None itself.
 
 The statistics of a row are `[2, blocks]` f32: the largest logit of each draw block (`DRAW_BLOCK` consecutive ids), and
 the block's sum of exp((x - its largest) scale) over the kept logits. One pass makes them, and they alone give the law
@@ -42,6 +60,8 @@ INFINITY = tl.constexpr(float("inf"))
 MASS_UNIT = tl.constexpr(2.0**60)
 _BLOCK_UNIT = tl.constexpr(2.0**50)
 _ROW_UNIT = tl.constexpr(2.0**42)
+# A row with this sum or more is no law; twice as much would overflow.
+LARGEST_SUM = tl.constexpr(4.0)
 
 
 def row_options(num_warps: int) -> dict[str, Any]:
@@ -60,14 +80,32 @@ def blocks_of(vocab: int) -> int:
 
 
 @triton.jit
+def _load_masked(
+    pointers,  # tuple
+    kind,  # tuple
+    ids,  # int32 block of token ids
+    there,  # bool, of the same shape
+):
+    """f32: the logits of `ids`; -inf where they are not `there`, or not allowed."""
+    row_ptr, words_ptr = pointers
+    bitmask, _, _ = kind
+    logits = tl.load(row_ptr + ids, mask=there, other=-INFINITY).to(tl.float32)
+    if bitmask is not None:
+        words = tl.load(words_ptr + (ids >> 5), mask=there, other=0)
+        logits = tl.where(((words >> (ids & 31)) & 1) != 0, logits, -INFINITY)
+    return logits
+
+
+@triton.jit
 def load_logits(
-    row_ptr,  # logits of one row
+    pointers,  # tuple
+    kind,  # tuple
     ids,  # int32 block of token ids
     wanted,  # bool: False reads nothing
     VOCAB: tl.constexpr,
 ):
     """The logits of `ids` as f32; -inf outside the vocabulary, and everywhere if not `wanted`."""
-    return tl.load(row_ptr + ids, mask=(ids < VOCAB) & wanted, other=-INFINITY).to(tl.float32)
+    return _load_masked(pointers, kind, ids, (ids < VOCAB) & wanted)
 
 
 # ---- statistics
@@ -75,7 +113,8 @@ def load_logits(
 
 @triton.jit
 def store_statistics(
-    row_ptr,  # logits of one row
+    pointers,  # tuple: of a row of logits
+    kind,  # tuple
     scale,  # f32 > 0
     cutoff,  # f32
     statistics_ptr,  # [2, blocks of the row] f32, written; NaN and +inf have the maximum +inf
@@ -89,7 +128,7 @@ def store_statistics(
     for start in range(first, last, TILE):
         block = start + tl.arange(0, TILE)
         ids = block[:, None] * DRAW_BLOCK + tl.arange(0, DRAW_BLOCK)[None, :]
-        logits = load_logits(row_ptr, ids, block[:, None] < last, VOCAB)
+        logits = load_logits(pointers, kind, ids, block[:, None] < last, VOCAB)
         logits = tl.where(logits == logits, logits, INFINITY)  # a maximum drops NaN
         largest = tl.max(logits, 1)
         shift = tl.where(largest == -INFINITY, 0.0, largest)
@@ -143,7 +182,8 @@ def _number(
 
 @triton.jit
 def _search(
-    row_ptr,  # logits of one row
+    pointers,  # tuple: of a row of logits
+    kind,  # tuple
     top,  # f32: the largest logit
     scale,  # f32: 1 / temperature to measure masses; 0 to count tokens
     floor,  # f32: lower logits do not count; the measure of the others is at least `wanted`
@@ -172,7 +212,7 @@ def _search(
         smallest = tl.full([LANES], INFINITY, tl.float32)
         largest = tl.full([LANES], -INFINITY, tl.float32)
         for start in range(0, VOCAB, LANES):
-            logits = load_logits(row_ptr, start + tl.arange(0, LANES), True, VOCAB)
+            logits = load_logits(pointers, kind, start + tl.arange(0, LANES), True, VOCAB)
             weights = (tl.exp((logits - top) * scale) * _ROW_UNIT).to(tl.int64)
             measure_1 += tl.where(logits >= _number(first), weights, 0)
             measure_2 += tl.where(logits >= _number(second), weights, 0)
@@ -186,7 +226,8 @@ def _search(
         next_high = tl.where(holds_2, highest + 1, tl.where(holds_1, second, first))
         only = lowest >= highest
         low = tl.where(only, lowest, tl.maximum(next_low, low))
-        high = tl.where(only, low + 1, tl.minimum(next_high, high))
+        # a `low` that holds only without rounding crosses `high`; it is the answer then
+        high = tl.where(only, low + 1, tl.maximum(tl.minimum(next_high, high), low + 1))
         third = (high - low) // 3
         first, second = low + third, high - 1 - third
     return _number(low)
@@ -194,7 +235,8 @@ def _search(
 
 @triton.jit
 def filter_row(
-    row_ptr,  # logits of one row
+    pointers,  # tuple: of a row of logits
+    kind,  # tuple
     settings,  # tuple (scale, top_k, top_p, log_min_p): `_sampling_triton.parameters`
     statistics_ptr,  # [2, blocks of the row] f32, written
     FILTERS: tl.constexpr,  # False: no filter is on
@@ -218,7 +260,7 @@ def filter_row(
     unit = tl.where(hot, scale, 1.0)
     cutoff = tl.full([], -INFINITY, tl.float32)
     if not MEASURED:
-        store_statistics(row_ptr, unit, cutoff, statistics_ptr, 0, tl.cdiv(VOCAB, DRAW_BLOCK), VOCAB, TILE)
+        store_statistics(pointers, kind, unit, cutoff, statistics_ptr, 0, tl.cdiv(VOCAB, DRAW_BLOCK), VOCAB, TILE)
     top, total, bits = _combine_statistics(unit, statistics_ptr, VOCAB, BLOCKS)
     if FILTERS:
         sound = hot & (bits == 0)
@@ -231,7 +273,9 @@ def filter_row(
         for step in range(PASSES):
             if cutoff > measured:
                 tl.debug_barrier()  # until here the old statistics may be read
-                store_statistics(row_ptr, unit, cutoff, statistics_ptr, 0, tl.cdiv(VOCAB, DRAW_BLOCK), VOCAB, TILE)
+                store_statistics(
+                    pointers, kind, unit, cutoff, statistics_ptr, 0, tl.cdiv(VOCAB, DRAW_BLOCK), VOCAB, TILE
+                )  # fmt: skip
                 _, total, _ = _combine_statistics(unit, statistics_ptr, VOCAB, BLOCKS)
                 measured = cutoff
             if sound & (((step == 0) & (top_k > 0.0)) | ((step == 1) & (top_p < 1.0))):
@@ -239,7 +283,7 @@ def filter_row(
                 if step == 1:
                     # all the logits up to the answer hold at least 1 - top_p of a mass that is 1 or more
                     weight, wanted, reach = unit, top_p.to(tl.float64) * total, tl.log(VOCAB / (1.0 - top_p)) / unit
-                cutoff = _search(row_ptr, top, weight, cutoff, wanted, reach, VOCAB, TILE)
+                cutoff = _search(pointers, kind, top, weight, cutoff, wanted, reach, VOCAB, TILE)
             if step == 1:
                 cutoff = tl.maximum(cutoff, least)
     return cutoff, top, total, bits
@@ -250,7 +294,8 @@ def filter_row(
 
 @triton.jit
 def find_law(
-    row_ptr,  # logits of one row
+    pointers,  # tuple: of a row of logits
+    kind,  # tuple
     settings,  # tuple (scale, top_k, top_p, log_min_p)
     statistics_ptr,  # [2, blocks of the row] f32, written
     FILTERS: tl.constexpr,
@@ -259,9 +304,9 @@ def find_law(
     TILE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """(row, status bits): a row's law, of no use with any bit, and its statistics."""
+    """(numbers, status bits): a row's law, of no use with any bit, and its statistics."""
     cutoff, top, total, bits = filter_row(
-        row_ptr, settings, statistics_ptr, FILTERS, MEASURED, 3, VOCAB, TILE, BLOCKS
+        pointers, kind, settings, statistics_ptr, FILTERS, MEASURED, 3, VOCAB, TILE, BLOCKS
     )  # fmt: skip
     scale = settings[0]
     inverse = (1.0 / tl.where(bits == 0, total, 1.0) * _ROW_UNIT).to(tl.float32)
@@ -270,34 +315,81 @@ def find_law(
         maxima, _ = _load_statistics(statistics_ptr, VOCAB, BLOCKS)
         block = tl.min(tl.where(maxima == top, tl.arange(0, BLOCKS), BLOCKS), 0)
         ids = block * DRAW_BLOCK + tl.arange(0, DRAW_BLOCK)
-        only = tl.min(tl.where(load_logits(row_ptr, ids, True, VOCAB) == top, ids, VOCAB), 0)
+        only = tl.min(tl.where(load_logits(pointers, kind, ids, True, VOCAB) == top, ids, VOCAB), 0)
         scale, cutoff, inverse = scale + 1.0, top, inverse * 0.0 + 1.0
-    return (row_ptr, scale, cutoff, top, inverse, only), bits
+    return (scale, cutoff, top, inverse, only), bits
 
 
 @triton.jit
 def law(
-    row,  # tuple
+    numbers,  # tuple
     logits,  # f32 block
     ids,  # int32, of the same shape
 ):
     """The probabilities of `ids`, whose logits are `logits`; -inf has none."""
-    scale, cutoff, top, inverse, only = row[1], row[2], row[3], row[4], row[5]
+    scale, cutoff, top, inverse, only = numbers
     kept = (logits >= cutoff) & ((ids == only) | (only < 0))
     return tl.where(kept, tl.exp((logits - top) * scale) * inverse, 0.0)
+
+
+@triton.jit
+def _column_laws(
+    row,  # tuple
+    columns,  # int32 block
+    there,  # bool, of the same shape
+):
+    """f32: the law at a row's own columns, 0 where they are not `there`."""
+    pointers, kind, numbers = row
+    _, _, laws = kind
+    if laws is not None:
+        found = tl.load(pointers[0] + columns, mask=there, other=0.0).to(tl.float32)
+    else:
+        found = law(numbers, _load_masked(pointers, kind, columns, there), columns)
+    return found
+
+
+@triton.jit
+def laws_at(
+    row,  # tuple
+    tokens,  # int32 block of token ids
+    there,  # bool: False reads nothing
+    VOCAB: tl.constexpr,
+):
+    """f32: the law at some tokens of the target's vocabulary; 0 where they are not `there`."""
+    _, kind, _ = row
+    _, columns_ptr, _ = kind
+    if columns_ptr is None:
+        found = _column_laws(row, tokens, there)
+    else:
+        columns = tl.load(columns_ptr + tokens, mask=there, other=-1)
+        found = _column_laws(row, columns, columns >= 0)
+        if tl.load(columns_ptr + VOCAB) >= 0:
+            # several columns of a token: as whole numbers they have one sum, in whichever order they are chained
+            total, units = found, (found * MASS_UNIT).to(tl.int64)
+            columns = tl.load(columns_ptr + VOCAB + 1 + columns, mask=columns >= 0, other=-1)
+            while tl.max(columns) >= 0:
+                more = _column_laws(row, columns, columns >= 0)
+                total, units = total + more, units + (more * MASS_UNIT).to(tl.int64)
+                columns = tl.load(columns_ptr + VOCAB + 1 + columns, mask=columns >= 0, other=-1)
+            found = tl.where((total >= 0.0) & (total < LARGEST_SUM), units.to(tl.float32) / MASS_UNIT, total)
+    return found
 
 
 @triton.jit
 def probability(
     row,  # tuple
     token,  # int32, below the vocabulary's size
+    VOCAB: tl.constexpr,
 ):
     """f64: the law at one token; 0 for a token below 0."""
-    logit = tl.load(row[0] + token, mask=token >= 0, other=-INFINITY).to(tl.float32)
-    return law(row, logit, token).to(tl.float64)
-
-
-# ---- masses: what is left of p, (p - ratio q)_+, in units of 1 / MASS_UNIT
+    _, kind, _ = row
+    _, columns_ptr, _ = kind
+    if columns_ptr is None:
+        found = _column_laws(row, token, token >= 0)
+    else:
+        one = token + tl.arange(0, 1)
+        found = tl.sum(laws_at(row, one, one >= 0, VOCAB), 0)
+    return found.to(tl.float64)
 
 
 @triton.jit
@@ -307,8 +399,8 @@ def law_masses(
     VOCAB: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """[BLOCKS] i64: the mass of each draw block under the law itself, without a pass over the row."""
-    scale, top, inverse, only = row[1], row[3], row[4], row[5]
+    """[BLOCKS] i64: the mass of each draw block under the law itself, of logits, without a pass over the row."""
+    scale, _, top, inverse, only = row[2]
     maxima, sums = _load_statistics(statistics_ptr, VOCAB, BLOCKS)
     # a block has mass only if its most probable token has: a draw never lands in a block of zeros
     best = tl.exp((maxima - top) * scale) * inverse
@@ -319,24 +411,29 @@ def law_masses(
 
 
 @triton.jit
-def _weights(
+def _residuals(
     p,  # row
-    q,  # row, or None for p itself
+    q,  # row; without pointers: p itself
     ratio,  # f32
     ids,  # int32 block of token ids
     VOCAB: tl.constexpr,
 ):
-    """(p - ratio q)_+ of `ids`, i64; where the ratio is 0, q is not read."""
-    weights = law(p, load_logits(p[0], ids, True, VOCAB), ids)
-    if q is not None:
-        weights = tl.maximum(weights - ratio * law(q, load_logits(q[0], ids, ratio != 0.0, VOCAB), ids), 0.0)
-    return (weights * MASS_UNIT).to(tl.int64)
+    """f32: (p - ratio q)_+ of `ids`; where the ratio is 0, q is not read. NaN stays where rows are no laws."""
+    weights = laws_at(p, ids, ids < VOCAB, VOCAB)
+    p_laws, q_laws = p[1][2], q[1][2]
+    if q[0] is not None:
+        weights = weights - ratio * laws_at(q, ids, (ids < VOCAB) & (ratio != 0.0), VOCAB)
+    if (p_laws is not None) or (q_laws is not None):
+        weights = tl.where(weights <= 0.0, 0.0, weights)
+    elif q[0] is not None:
+        weights = tl.maximum(weights, 0.0)
+    return weights
 
 
 @triton.jit
 def store_masses(
     p,  # row
-    q,  # row
+    q,  # row; without pointers: p itself
     ratio,  # f32
     masses_ptr,  # [blocks of the row] i64, written
     first,  # int32: the first block to do
@@ -344,11 +441,16 @@ def store_masses(
     VOCAB: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The mass of (p - ratio q)_+ in each of the draw blocks [first, last): one pass over two rows."""
+    """The mass of (p - ratio q)_+ in each of the draw blocks [first, last): one pass over two rows, or over p."""
+    p_laws, q_laws = p[1][2], q[1][2]
     for start in range(first, last, TILE):
         block = start + tl.arange(0, TILE)
         ids = block[:, None] * DRAW_BLOCK + tl.arange(0, DRAW_BLOCK)[None, :]
-        tl.store(masses_ptr + block, tl.sum(_weights(p, q, ratio, ids, VOCAB), 1), mask=block < last)
+        weights = _residuals(p, q, ratio, ids, VOCAB)
+        masses = tl.sum((weights * MASS_UNIT).to(tl.int64), 1)
+        if (p_laws is not None) or (q_laws is not None):
+            masses = tl.where(tl.sum(weights, 1) < LARGEST_SUM, masses, -1)
+        tl.store(masses_ptr + block, masses, mask=block < last)
 
 
 @triton.jit
@@ -361,7 +463,7 @@ def load_masses(masses_ptr, VOCAB: tl.constexpr, BLOCKS: tl.constexpr):
 @triton.jit
 def block_weights(
     p,  # row
-    q,  # row or None
+    q,  # row; without pointers: p itself
     ratio,  # f32
     block,  # int32
     without_ptr,  # [count] integers: tokens to leave out; those below 0 change nothing
@@ -370,7 +472,7 @@ def block_weights(
 ):
     """[DRAW_BLOCK] i64: the weights of one draw block, 0 at the tokens to leave out."""
     ids = block * DRAW_BLOCK + tl.arange(0, DRAW_BLOCK)
-    weights = _weights(p, q, ratio, ids, VOCAB)
+    weights = (_residuals(p, q, ratio, ids, VOCAB) * MASS_UNIT).to(tl.int64)
     if count is not None:
         for i in range(count):
             weights = tl.where(ids == tl.load(without_ptr + i).to(tl.int32), 0, weights)
@@ -381,7 +483,7 @@ def block_weights(
 def strike_out(
     masses,  # [BLOCKS] i64
     p,  # row
-    q,  # row or None
+    q,  # row; without pointers: p itself
     ratio,  # f32
     without_ptr,  # [count] integers
     count,  # int32
@@ -394,7 +496,7 @@ def strike_out(
         if token >= 0:
             block = token // DRAW_BLOCK
             left = tl.sum(block_weights(p, q, ratio, block, without_ptr, count, VOCAB), 0)
-            masses = tl.where(tl.arange(0, BLOCKS) == block, left, masses)
+            masses = tl.where((tl.arange(0, BLOCKS) == block) & (masses >= 0), left, masses)
     return masses
 
 
@@ -402,6 +504,82 @@ def strike_out(
 def total_of(masses):
     """f64: the sum of the masses, as a probability."""
     return tl.sum(masses, 0).to(tl.float64) / MASS_UNIT
+
+
+@triton.jit
+def is_spoilt(masses):
+    """Whether the masses, of rows that came as laws, are those of no law."""
+    return (tl.min(masses, 0) < 0) | (tl.sum(masses.to(tl.float64), 0) >= LARGEST_SUM * MASS_UNIT)
+
+
+@triton.jit
+def own_masses(
+    row,  # tuple
+    statistics_ptr,  # [2, blocks of the row] f32; of a row that came as a law: [blocks] i64, read or written
+    measured,  # bool: the masses of such a row are there already
+    VOCAB: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """[BLOCKS] i64: the mass of each draw block under the law itself, of any row over the target's vocabulary."""
+    laws = row[1][2]
+    if laws is None:
+        masses = law_masses(row, statistics_ptr, VOCAB, BLOCKS)
+    else:
+        masses_ptr = statistics_ptr.to(tl.pointer_type(tl.int64), bitcast=True)
+        if not measured:
+            no_row = (None, (None, None, None), None)
+            store_masses(row, no_row, 0.0, masses_ptr, 0, tl.cdiv(VOCAB, DRAW_BLOCK), VOCAB, TILE)
+            tl.debug_barrier()
+        masses = load_masses(masses_ptr, VOCAB, BLOCKS)
+    return masses
+
+
+@triton.jit
+def mass_outside(
+    row,  # tuple
+    statistics_ptr,  # [2, blocks of the row] f32; not read of a row that came as a law or has columns
+    tokens_ptr,  # [count] i32: tokens to leave out; those below 0 change nothing
+    count,  # int32
+    VOCAB: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """f64: the mass of a law outside some tokens; NaN of a row that is no law.
+
+    Of logits over the target's vocabulary the statistics give it. Else it is a pass over the row's columns, and 1 where
+    no token is to be left out, whatever the row's sum.
+    """
+    _, kind, _ = row
+    _, columns_ptr, laws = kind
+    if (columns_ptr is None) and (laws is None):
+        no_row = (None, (None, None, None), None)
+        masses = law_masses(row, statistics_ptr, VOCAB, BLOCKS)
+        mass = total_of(strike_out(masses, row, no_row, 0.0, tokens_ptr, count, VOCAB, BLOCKS))
+    else:
+        LANES: tl.constexpr = TILE * DRAW_BLOCK
+        mass = tl.full([], 1.0, tl.float64)
+        some = tl.full([], -1, tl.int32)
+        for i in range(count):
+            some = tl.maximum(some, tl.load(tokens_ptr + i))
+        if some >= 0:
+            units = tl.zeros([LANES], tl.int64)
+            total = tl.zeros([LANES], tl.float32)
+            for start in range(0, COLUMNS, LANES):
+                columns = start + tl.arange(0, LANES)
+                tokens = columns
+                if columns_ptr is not None:
+                    tokens = tl.load(columns_ptr + VOCAB + 1 + COLUMNS + columns, mask=columns < COLUMNS, other=-1)
+                weights = _column_laws(row, columns, (columns < COLUMNS) & (tokens >= 0))
+                weights = tl.where(weights <= 0.0, 0.0, weights)
+                for i in range(count):
+                    weights = tl.where(tokens == tl.load(tokens_ptr + i), 0.0, weights)
+                units += (weights * MASS_UNIT).to(tl.int64)
+                total += weights
+            mass = tl.sum(units, 0).to(tl.float64) / MASS_UNIT
+            mass = tl.where(tl.sum(total, 0) < LARGEST_SUM, mass, float("nan"))
+    return mass
 
 
 @triton.jit
@@ -415,7 +593,7 @@ def _first_above(masses, u):
 def draw(
     masses,  # [BLOCKS] i64: of the weights, without the tokens to leave out
     p,  # row
-    q,  # row or None
+    q,  # row; without pointers: p itself
     ratio,  # f32
     without_ptr,  # [count] integers
     count,  # int32 or None

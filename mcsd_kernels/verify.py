@@ -82,7 +82,8 @@ def verify(
         bitmask: `[batch, nodes, ceil(vocab / 32)]` int32: the target's law after node i is restricted to the tokens v
             whose bit v % 32 of word v // 32 is set, before temperature and filters (a grammar's mask).
         draft_ids: `[columns]` int64, the target's token of each column of `draft_logits`, for a draft with a vocabulary
-            of its own. Tokens stay the target's; a column whose id is no token of the target counts for nothing.
+            of its own. Tokens stay the target's; a column whose id is no token of the target counts for nothing, and
+            columns of the same token add up.
         group: a `torch.distributed` process group whose ranks each hold a slice of the vocabulary: both sides' rows are
             then this rank's columns (consecutive, in the order of the ranks, as many as it likes), everything else,
             the bitmask included, is the same on all ranks, and so is the result. Ranks exchange sums, never rows. Not
@@ -121,6 +122,8 @@ def verify(
         if draft_ids is not None:
             check.tensor("draft_ids", draft_ids, (None,), (torch.int64,))
             columns = draft_ids.shape[0]
+            if columns == 0:
+                raise ValueError("draft_ids: expected at least one column, got [0]")
         _check_logits("draft_logits", draft_logits, "draft_rows", draft_rows, batch, nodes, columns)
     shared = isinstance(parents, torch.Tensor) and parents.dim() == 1
     check.tensor("parents", parents, (nodes,) if shared else (batch, nodes), check.INTEGERS)
@@ -226,9 +229,6 @@ def _verify(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, 
     if choose(backend or None, rest[0].device) == "triton":
         from . import _verify_triton
 
-        *rest, inputs, draft_inputs, point_nodes, bitmask, draft_ids = rest
-        if "probabilities" in (inputs, draft_inputs) or any(x is not None for x in (point_nodes, bitmask, draft_ids)):
-            raise ValueError('backend: expected "torch" for inputs, point_nodes, bitmask or draft_ids, got "triton"')
         return _verify_triton.verify(*rest)
     return _verify_torch.verify(*rest)
 

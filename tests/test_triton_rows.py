@@ -122,15 +122,17 @@ def _law_kernel(
 ):  # fmt: skip
     zero = tl.full([], 0.0, tl.float32)
     settings = (zero + scale, zero, zero + top_p, tl.full([], float("-inf"), tl.float64))
-    row, bits = find_law(logits_ptr, settings, statistics_ptr, FILTERS, False, VOCAB, TILE, BLOCKS)
+    pointers, plain = (logits_ptr, logits_ptr), (None, None, None)
+    numbers, bits = find_law(pointers, plain, settings, statistics_ptr, FILTERS, False, VOCAB, TILE, BLOCKS)
     tl.store(status_ptr, bits)
     if bits == 0:
         index = tl.arange(0, BLOCKS)
-        masses = law_masses(row, statistics_ptr, VOCAB, BLOCKS)
+        masses = law_masses((pointers, plain, numbers), statistics_ptr, VOCAB, BLOCKS)
         tl.store(masses_ptr + index, masses, mask=index < tl.cdiv(VOCAB, DRAW_BLOCK))
         for block in range(tl.cdiv(VOCAB, DRAW_BLOCK)):
             ids = block * DRAW_BLOCK + tl.arange(0, DRAW_BLOCK)
-            tl.store(law_ptr + ids, law(row, load_logits(logits_ptr, ids, True, VOCAB), ids), mask=ids < VOCAB)
+            found = law(numbers, load_logits(pointers, plain, ids, True, VOCAB), ids)
+            tl.store(law_ptr + ids, found, mask=ids < VOCAB)
 
 
 def law_of(
@@ -208,7 +210,9 @@ def _residual_kernel(
     p_ptr, q_ptr, p_top, p_inverse, q_top, q_inverse, ratio, masses_ptr, without_ptr, count, uniforms_ptr, total_ptr,
     token_ptr, VOCAB: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    p, q = (p_ptr, 1.0, float("-inf"), p_top, p_inverse, -1), (q_ptr, 1.0, float("-inf"), q_top, q_inverse, -1)
+    plain = (None, None, None)
+    p = ((p_ptr, p_ptr), plain, (1.0, float("-inf"), p_top, p_inverse, -1))
+    q = ((q_ptr, q_ptr), plain, (1.0, float("-inf"), q_top, q_inverse, -1))
     store_masses(p, q, ratio, masses_ptr, 0, tl.cdiv(VOCAB, DRAW_BLOCK), VOCAB, TILE)
     masses = load_masses(masses_ptr, VOCAB, BLOCKS)
     masses = strike_out(masses, p, q, ratio, without_ptr, count, VOCAB, BLOCKS)
