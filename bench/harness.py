@@ -28,7 +28,7 @@ import transformers
 from mcsd_kernels import reference, verify
 
 if TYPE_CHECKING:
-    from cases import Inputs
+    from drawn_trees import Inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-import cases
+import drawn_trees
 import harness
 import pytest
 import rivals
@@ -27,7 +27,7 @@ def one_thread() -> Any:
 
 
 def compare(
-    benchmark: Any, name: str, inputs: cases.Inputs, rival: str, call: Callable[[], Any], rounds: int, wanted: str
+    benchmark: Any, name: str, inputs: drawn_trees.Inputs, rival: str, call: Callable[[], Any], rounds: int, wanted: str
 ) -> None:
     """Time both in turn, record the row, and give pytest-benchmark its own run of ours."""
     if harness.recorded("verify_cpu", [{"case": name}]):
@@ -61,7 +61,7 @@ def compare(
 @pytest.mark.parametrize(("vocab", "wanted"), [(32_000, ">= 5"), (131_072, ">= 4")])
 def test_chain_of_four(benchmark: Any, vocab: int, wanted: str) -> None:
     """One chain from raw logits, against transformers' assisted decoding."""
-    inputs = cases.make((1, 1, 1, 1), vocab)
+    inputs = drawn_trees.make((1, 1, 1, 1), vocab)
     drawn = itertools.cycle(inputs.drawn)
     call = lambda: rivals.transformers_chain(inputs.target, inputs.draft, next(drawn)[0])  # noqa: E731
     compare(benchmark, f"chain of 4, {vocab}", inputs, "transformers _speculative_sampling", call, 200, wanted)
@@ -70,7 +70,7 @@ def test_chain_of_four(benchmark: Any, vocab: int, wanted: str) -> None:
 @pytest.mark.parametrize(("branching", "rounds", "wanted"), [((4, 2, 2), 60, ">= 5"), ((4, 4, 4, 4), 15, ">= 50")])
 def test_tree(benchmark: Any, branching: tuple[int, ...], rounds: int, wanted: str) -> None:
     """One sampled tree, against softmax of every node and textbook recursive rejection."""
-    inputs = cases.make(branching, 32_000)
+    inputs = drawn_trees.make(branching, 32_000)
     parents = inputs.parents.tolist()
     drawn = itertools.cycle(inputs.drawn)
     call = lambda: rivals.textbook_tree(inputs.target, inputs.draft, next(drawn)[0], parents)  # noqa: E731
@@ -80,6 +80,6 @@ def test_tree(benchmark: Any, branching: tuple[int, ...], rounds: int, wanted: s
 @pytest.mark.parametrize("vocab", [32_000, 131_072])
 def test_batch_of_eight_chains(benchmark: Any, vocab: int) -> None:
     """Eight chains, against the log-sum-exp of all their target rows, which is a floor and no verifier."""
-    inputs = cases.make((1, 1, 1, 1), vocab, batch=8)
+    inputs = drawn_trees.make((1, 1, 1, 1), vocab, batch=8)
     call = lambda: rivals.log_sum_exp(inputs.target)  # noqa: E731
     compare(benchmark, f"8 chains of 4, {vocab}", inputs, "log-sum-exp of all rows", call, 60, ">= 0.4")

@@ -12,7 +12,8 @@ leaves it so. A row has the time in a loop of its own too, where all of it may b
 process's CPU time. On a GPU a call is a replayed CUDA graph between two events, and the floor is that of bench/gpu: the
 bytes over the bandwidth of a copy.
 
-Logits are those of bench/cases.py (float32, overlap about 0.6). A case that does not fit into the memory is left out.
+Logits are those of bench/drawn_trees.py (float32, overlap about 0.6). A case that does not fit into the memory is left
+out.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import statistics
 import sys
 from typing import Any
 
-import cases
+import drawn_trees
 import harness
 import torch
 from gpu import floor
@@ -61,7 +62,7 @@ class Cpu:
         self.cold_bytes = cold_bytes
         self._cold = torch.ones(cold_bytes // 4)
 
-    def measure(self, inputs: cases.Inputs, rounds: int) -> tuple[list[float], list[float], float | None]:
+    def measure(self, inputs: drawn_trees.Inputs, rounds: int) -> tuple[list[float], list[float], float | None]:
         """Milliseconds of each call, bytes a second of the pass before it, median in a loop of its own."""
         contenders = {"pass": self._cold.sum, "verify": harness.ours(inputs)}
         times = harness.interleave(contenders, rounds, WARMUP)
@@ -89,7 +90,7 @@ class Gpu:
         self.name, self.cold_bytes = self._gpu.name, self._gpu.cold_bytes
         self.bandwidth = device.copy_bandwidth(self._gpu)
 
-    def measure(self, inputs: cases.Inputs, rounds: int) -> tuple[list[float], list[float], float | None]:
+    def measure(self, inputs: drawn_trees.Inputs, rounds: int) -> tuple[list[float], list[float], float | None]:
         """As on a CPU; the bandwidth is that of a large copy, measured once, and no call is timed warm."""
         tokens, uniforms = (part.clone() for part in inputs.drawn[0])
         arguments = (inputs.target, inputs.draft, tokens, inputs.parents, uniforms)
@@ -110,7 +111,7 @@ class Gpu:
 def measure(about: dict[str, Any], clock: Cpu | Gpu, rounds: int) -> dict[str, Any]:
     """The row of one case."""
     branching, vocab, batch = tuple(about["branching"]), about["vocab"], about["batch"]
-    inputs = cases.make(branching, vocab, batch, CALLS)
+    inputs = drawn_trees.make(branching, vocab, batch, CALLS)
     # a few rows say what the overlap is; the laws of all of them would be the largest tensors here
     some = dataclasses.replace(inputs, target=inputs.target[:1, :8], draft=inputs.draft[:1, :8])
     overlap = some.overlap
@@ -146,7 +147,7 @@ def measure(about: dict[str, Any], clock: Cpu | Gpu, rounds: int) -> dict[str, A
     }
 
 
-def visited(inputs: cases.Inputs, number: int) -> tuple[int, int]:
+def visited(inputs: drawn_trees.Inputs, number: int) -> tuple[int, int]:
     """Target and draft rows that one of the calls needs, of all its requests."""
     tokens, uniforms = inputs.drawn[number]
     found = verify(inputs.target, inputs.draft, tokens, inputs.parents, uniforms, max_depth=inputs.depth)

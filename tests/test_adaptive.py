@@ -105,14 +105,15 @@ def test_the_budget_follows_what_is_accepted() -> None:
     wanted = greedy(target, ids, mask, 60)
     oracle = Oracle(wanted.tolist(), [100, 0, 40])
     sizes = Sizes()
+    cheap = replace(LADDER, seconds=(1.0, 1.2, 1.4))  # the more is accepted, the better the largest tree
     found = mcsd.generate(
-        target, AdaptiveDrafter(oracle, LADDER), ids, mask, max_new_tokens=60, temperature=0.0, observer=sizes
+        target, AdaptiveDrafter(oracle, cheap), ids, mask, max_new_tokens=60, temperature=0.0, observer=sizes
     )
     assert torch.equal(found.sequences, wanted)
     right, wrong, both = ([step[request] for step in sizes.seen if step[request]] for request in range(3))
     assert right[-1] == 7 and max(wrong) < 7 and wrong[-1] == 2
     grown = both.index(7)
-    assert set(both[grown:]) == {7, 4, 2} and both[-1] == 2, "it shrinks again when the knowledge ends"
+    assert both[grown:] == sorted(both[grown:], reverse=True) and both[-1] < 7, "it shrinks when the knowledge ends"
 
 
 def test_it_may_be_one_of_several() -> None:

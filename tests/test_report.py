@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import drawn_trees
+import harness
 import numpy as np
 import pytest
+import report
+import tables
 import torch
+import verify_scaling
+
+from bench import __main__ as runner
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
-
-import cases  # noqa: E402
-import harness  # noqa: E402
-import report  # noqa: E402
-import tables  # noqa: E402
-import verify_scaling  # noqa: E402
-
-from bench import __main__ as runner  # noqa: E402
 
 MACHINE = {"cpu": "A CPU", "cores": 2, "threads": 1, "torch": "2.13.0"}
 
@@ -399,7 +396,7 @@ def test_the_floor_is_the_visited_rows_once(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(clock, "measure", lambda inputs, rounds: ([2.0] * rounds, [1e9] * rounds, 1.0))
     row = verify_scaling.measure(about, clock, verify_scaling.CALLS)
     least = row["floor"]
-    inputs = cases.make((2, 1), 300, 2, verify_scaling.CALLS)
+    inputs = drawn_trees.make((2, 1), 300, 2, verify_scaling.CALLS)
     emitted = [
         int(visited) for number in range(len(inputs.drawn)) for visited in verify_scaling.visited(inputs, number)
     ]
@@ -413,7 +410,7 @@ def test_the_floor_is_the_visited_rows_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_call_is_timed_beside_the_pass_that_is_its_floor() -> None:
-    inputs = cases.make((2, 1), 300, 1, verify_scaling.CALLS)
+    inputs = drawn_trees.make((2, 1), 300, 1, verify_scaling.CALLS)
     times, rates, warm = verify_scaling.Cpu(cold_bytes=1 << 22).measure(inputs, 4)
     assert len(times) == len(rates) == 4
     assert min(times) > 0 and min(rates) > 0 and warm is not None and warm > 0
@@ -434,7 +431,7 @@ def test_calls_of_a_graph_get_the_inputs_of_their_round() -> None:
     seen: list[torch.Tensor] = []
     clock = verify_scaling.Gpu.__new__(verify_scaling.Gpu)
     clock._gpu, clock.bandwidth = Recording(plan.SMOKE), 5.0
-    inputs = cases.make((2, 1), 300, 1, verify_scaling.CALLS)
+    inputs = drawn_trees.make((2, 1), 300, 1, verify_scaling.CALLS)
     assert clock.measure(inputs, 3) == ([1.0] * 3, [5.0] * 3, None)
     call = harness.ours(inputs)
     wanted = [call().tokens for _ in range(verify_scaling.WARMUP + 3)][verify_scaling.WARMUP :]
@@ -442,7 +439,7 @@ def test_calls_of_a_graph_get_the_inputs_of_their_round() -> None:
 
 
 def test_a_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = cases.make((2,), 50, 1, 4)
+    inputs = drawn_trees.make((2,), 50, 1, 4)
     assert 1 <= harness.check(inputs) <= 2
     right = harness.verify
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import cases
+import numpy as np
+import pytest
 import triton_interpreter
+from test_verify_inputs import EXTRAS, NEAR, extended
+
+from mcsd_kernels import _verify_triton, reference, verify
+from mcsd_kernels._schedule import Launch
 
 triton_interpreter.install()
-
-import cases  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from test_verify_inputs import EXTRAS, NEAR, extended  # noqa: E402
-
-from mcsd_kernels import _verify_triton, reference, verify  # noqa: E402
-from mcsd_kernels._schedule import Launch  # noqa: E402
 
 
 @pytest.mark.parametrize("schedule", ["walk", "split"])
