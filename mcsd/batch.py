@@ -211,6 +211,7 @@ class Results:
         if self._texts.keys() - lines.keys():
             return False
         if not parts and self._own == self.path:
+            self._remove(self._beside("whole"))  # of a process that was killed after another had done its work
             return True
         order = {prompt.id: prompt.index for prompt in self._prompts}
         rows = sorted(lines.items(), key=lambda item: order.get(item[0], len(order)))
@@ -225,9 +226,13 @@ class Results:
             except OSError:
                 whole.unlink(missing_ok=True)
                 raise
-        for left in [*parts, *self._beside("whole")]:
-            left.unlink(missing_ok=True)
+        self._remove([*parts, *self._beside("whole")])
         return True
+
+    @staticmethod
+    def _remove(files: list[Path]) -> None:
+        for file in files:
+            file.unlink(missing_ok=True)
 
     def _parts(self) -> list[Path]:
         return self._beside("part")

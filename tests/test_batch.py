@@ -76,6 +76,16 @@ def test_nothing_is_lost_or_doubled_by_kills(tmp_path: Path) -> None:
     check_whole(path)
 
 
+def test_a_copy_that_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    left = path.with_name("results.jsonl.whole-1")
+    left.write_text('{"id": 0')
+    worker = start(path, 0, 1)
+    _, complaint = worker.communicate(timeout=60)
+    assert worker.returncode == 0, complaint
+    check_whole(path)
+
+
 def held(path: Path) -> int:
     """Bytes in the file and its parts."""
     sizes = 0

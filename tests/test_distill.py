@@ -22,7 +22,7 @@ from mcsd.distill.product import quantise, save_product
 from mcsd.distill.prompts import user_turn
 from mcsd.distill.students import FeatureStudent, new_feature_student, new_layers_student
 from mcsd.distill.text import Prompter, Sample, read_text, write_text
-from mcsd.distill.training import CHECKPOINT, Settings, Texts, Trainer, choose_ids, load_weights, overlap_on
+from mcsd.distill.training import CHECKPOINT, DRAFT_IDS, Settings, Texts, Trainer, choose_ids, load_weights, overlap_on
 from mcsd.draft_model import SubVocabularyDraft, dequantise, load_draft
 from mcsd.drafters.feature import FeatureDrafter
 from mcsd.models import load_target
@@ -174,6 +174,15 @@ def test_a_run_can_start_from_the_weights_of_another(folder: Path, target: torch
         load_weights(second, tmp_path / "second")
     with pytest.raises(ValueError, match="another shape"):
         load_weights(trainer(folder, target, tmp_path / "third", rows=100).student, tmp_path / "first")
+    # with the tokens of its rows, another choice of tokens can start from it, too
+    ids = first.student.draft_ids.tolist()
+    (tmp_path / "first" / DRAFT_IDS).write_text(json.dumps(ids))
+    other = trainer(folder, target, tmp_path / "third", rows=100).student
+    start = other.head.clone()
+    load_weights(other, tmp_path / "first")
+    for row, token in enumerate(other.draft_ids.tolist()):
+        wanted = first.student.head[ids.index(token)] if token in ids else start[row]
+        assert torch.equal(other.head[row], wanted), (row, token)
 
 
 @pytest.mark.parametrize("kind", list(Kind))

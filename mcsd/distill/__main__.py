@@ -21,7 +21,7 @@ from .files import same_settings
 from .product import save_product
 from .students import FeatureStudent, LayersStudent, new_feature_student, new_layers_student
 from .text import Prompter, write_text
-from .training import Settings, Texts, Trainer, choose_ids, load_weights, overlap_on
+from .training import DRAFT_IDS, Settings, Texts, Trainer, choose_ids, load_weights, overlap_on
 
 _DEFAULTS = Settings()
 
@@ -132,7 +132,7 @@ def distill(
             "weights": str(weights) if weights is not None else None,
         },
     )
-    ids = _kept(output / "draft_ids.json", lambda: choose_ids(texts, draft_vocab, vocab, draft_tokens.value).tolist())
+    ids = _kept(output / DRAFT_IDS, lambda: choose_ids(texts, draft_vocab, vocab, draft_tokens.value).tolist())
     draft_ids = torch.tensor(ids, device=device)
     student: FeatureStudent | LayersStudent
     if kind is Kind.feature:

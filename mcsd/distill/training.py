@@ -18,6 +18,7 @@ from .students import Student
 from .text import Sample, read_text
 
 CHECKPOINT = "checkpoint.pt"
+DRAFT_IDS = "draft_ids.json"
 LOG = "training.jsonl"
 _HELD_OUT = 25  # one prompt in so many
 _BUCKET = 64  # texts that are sorted by length together
@@ -127,15 +128,33 @@ def count_tokens(texts: Texts, vocab: int) -> torch.Tensor:
 def load_weights(student: Student, run: Path) -> None:
     """Give a student the weights of another run's last checkpoint.
 
+    Of the output head it takes the rows of the tokens that both have; the others keep their start.
+
     Raises:
         ValueError: there is no checkpoint, or it is of another shape.
     """
     if not (run / CHECKPOINT).is_file():
         raise ValueError(f"weights: expected {CHECKPOINT} in {run}, found none")
     body = torch.load(run / CHECKPOINT, map_location="cpu", weights_only=True)["body"]
-    shapes = {name: tensor.shape for name, tensor in student.body.state_dict().items()}
-    if {name: tensor.shape for name, tensor in body.items()} != shapes:
-        raise ValueError(f"weights: the drafter in {run} has another shape; use its --kind, --draft-vocab and --layers")
+    own = student.body.state_dict()
+    (head,) = (name for name, parameter in student.body.named_parameters() if parameter is student.head)
+    ids = student.draft_ids.tolist()
+    if (run / DRAFT_IDS).is_file():
+        theirs = {token: row for row, token in enumerate(json.loads((run / DRAFT_IDS).read_text()))}
+    else:
+        theirs = {token: row for row, token in enumerate(ids)}
+    if body.keys() != own.keys() or len(theirs) != len(body[head]):
+        raise ValueError(f"weights: the drafter in {run} has another shape; use its --kind and --layers")
+    rows, taken = [], []
+    for row, token in enumerate(ids):
+        if token in theirs:
+            rows.append(row)
+            taken.append(theirs[token])
+    start = own[head].clone()
+    start[rows] = body[head][taken].to(start)
+    body[head] = start
+    if {name: tensor.shape for name, tensor in body.items()} != {name: tensor.shape for name, tensor in own.items()}:
+        raise ValueError(f"weights: the drafter in {run} has another shape; use its --kind and --layers")
     student.body.load_state_dict(body)
 
 
