@@ -264,14 +264,16 @@ def test_int8_matrices_are_within_half_a_step() -> None:
     assert ((back["matrix"] - weights["matrix"]).abs() <= 0.57 * step + 1e-6).all()
 
 
-def test_choose_ids(folder: Path) -> None:
+def test_choose_ids(folder: Path, target: torch.nn.Module) -> None:
     texts = Texts(folder / "text")
-    assert torch.equal(choose_ids(texts, 300, 257, "lowest"), torch.arange(257))
-    assert torch.equal(choose_ids(texts, 7, 257, "lowest"), torch.arange(7))
-    counts = Counter(token for s in texts.train for token in s.tokens[s.written :].tolist())
-    chosen = choose_ids(texts, 7, 257, "frequent").tolist()
-    assert chosen == sorted(chosen)
-    assert sorted(counts[i] for i in chosen) == sorted(n for _, n in counts.most_common(7))
+    head = target.get_output_embeddings().weight.detach()
+    assert torch.equal(choose_ids(texts, 300, head, "lowest"), torch.arange(257))
+    assert torch.equal(choose_ids(texts, 7, head, "lowest"), torch.arange(7))
+    chosen = choose_ids(texts, 7, head, "frequent")
+    hidden = torch.cat([s.hidden[s.written - 1 :] for s in texts.train]).float()
+    often = (hidden @ head.T).softmax(-1).mean(0)
+    assert torch.equal(chosen, chosen.sort().values)
+    assert torch.allclose(often[chosen].sort().values, often.topk(7).values.sort().values, rtol=1e-3)
 
 
 def test_user_turns_are_filled_in_and_differ() -> None:

@@ -132,7 +132,8 @@ def distill(
             "weights": str(weights) if weights is not None else None,
         },
     )
-    ids = _kept(output / DRAFT_IDS, lambda: choose_ids(texts, draft_vocab, vocab, draft_tokens.value).tolist())
+    head = model.get_output_embeddings().weight.detach().float()
+    ids = _kept(output / DRAFT_IDS, lambda: choose_ids(texts, draft_vocab, head, draft_tokens.value).tolist())
     draft_ids = torch.tensor(ids, device=device)
     student: FeatureStudent | LayersStudent
     if kind is Kind.feature:
@@ -144,7 +145,6 @@ def distill(
         )
     if weights is not None:
         load_weights(student, weights)
-    head = model.get_output_embeddings().weight.detach().float()
     trainer = Trainer(student, head, texts, settings, output)
     if stage is not Stage.product:
         with tqdm(total=steps, initial=trainer.step, unit="step", desc="train") as bar:
