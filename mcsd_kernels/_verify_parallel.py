@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from . import _rows_torch as rows_torch
 from ._rows_torch import Array, Sampling, first_above, host
-from ._verify_torch import Batch, Side, Together, Walk, mass_of, run, sound
+from ._verify_torch import Batch, Side, Together, Walk, mass_of, run, sound, unless_broken
 from .types import DRAW_BLOCK, Status
 
 
@@ -190,7 +190,7 @@ class _Apart(Together):
         total = self.ranks.sum(self._fill(asking).sum(1)).tolist()
         return [mass_of(mass, walk.wants) for mass, walk in zip(total, asking, strict=True)]
 
-    def _draw(self, asking: list[Walk]) -> list[int | None]:
+    def _draw(self, asking: list[Walk]) -> list[Any]:
         masses = np.zeros((len(asking), -(-self.ranks.vocab // DRAW_BLOCK)))
         own = self._fill(asking)
         here = masses[:, self.first_block : self.first_block + own.shape[1]]  # of a rank without columns, nothing
@@ -205,14 +205,15 @@ class _Apart(Together):
             overlaps = block >= 0 and 0 <= at < own.shape[1]
             inside.append(host(rows_torch.draw_blocks(self.weights)[row, at]) if overlaps else np.zeros(1, np.float32))
         shares = self.ranks.gather(np.array([weights.sum(dtype=np.float64) for weights in inside]))
-        tokens = np.full(len(asking), -1.0)
+        places = np.full(len(asking), -1.0)
         for row, (block, weights) in enumerate(zip(chosen, inside, strict=True)):
             share = shares[:, row]
             place = _own_place(share, weights, self.ranks.rank, asking[row].tree.uniforms[-1])
             if block >= 0 and place is not None:
-                tokens[row] = block * DRAW_BLOCK + place
-        found = self.ranks.gather(tokens).max(0).astype(int).tolist()
-        return [None if block < 0 or token < 0 else token for block, token in zip(chosen, found, strict=True)]
+                places[row] = block * DRAW_BLOCK + place
+        found = self.ranks.gather(places).max(0).astype(int).tolist()
+        tokens = [None if block < 0 or token < 0 else token for block, token in zip(chosen, found, strict=True)]
+        return tokens if self.batch.computed else unless_broken(tokens, masses, asking)
 
 
 def _own_place(shares: Array, weights: Array, rank: int, u: float) -> int | None:

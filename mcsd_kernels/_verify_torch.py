@@ -87,7 +87,7 @@ class Side:
             laws = values.new_empty(values.shape, dtype=torch.float32)
             status = self._law(values, requests, laws, None)
             if self.known is not None:  # a column of no token holds mass that no candidate can claim
-                laws = laws * self.known
+                laws = torch.where(self.known, laws, 0.0)
             rows_torch.scatter(laws, self.ids, buffer, slots)
             return status
         if self.bitmask is not None:
@@ -141,7 +141,7 @@ class Batch:
         self.max_depth = max_depth
         self.points = None if point_nodes is None else np.broadcast_to(host(point_nodes), tokens.shape)
         self.tokens, self.uniforms = host(tokens), host(uniforms)
-        self._token_lists: list[list[int]] = self.tokens.tolist()
+        self.token_lists: list[list[int]] = self.tokens.tolist()
         self.vocab = target.vocab
         rows = host(parents).tolist()
         rows = [rows] if parents.dim() == 1 else rows
@@ -155,7 +155,7 @@ class Batch:
         """The scalar side of one request."""
         topology = self.topology(request)
         assert topology is not None
-        tokens, vocab, deepest = self._token_lists[request], self.vocab, self.max_depth
+        tokens, vocab, deepest = self.token_lists[request], self.vocab, self.max_depth
         rows = self.target.rows
 
         def children(node: int, depth: int) -> list[rules.Child]:
@@ -176,7 +176,7 @@ class Batch:
         found: list[tuple[Status, Any]] = []
         if batch == 0:
             return None
-        if any(max(row) >= self.vocab or min(row) < rules.MISSING for row in self._token_lists):
+        if any(max(row) >= self.vocab or min(row) < rules.MISSING for row in self.token_lists):
             wrong = (self.tokens < rules.MISSING) | (self.tokens >= self.vocab)
             found.append((Status.BAD_TOKEN, (wrong & self._in_use())[:, 1:].any(1)))
         if None in self._topologies:
@@ -224,35 +224,43 @@ _ONE = 0x3F800000  # 1.0
 
 
 class _Outputs:
-    """What `verify` returns, filled in request by request."""
+    """What `verify` returns, filled in request by request; lists, for single entries of arrays are slow to write.
 
-    def __init__(self, batch: int, width: int, tokens: Array, status: Array) -> None:
-        self.path = np.full((batch, width), -1, np.int32)
-        self.path[:, 0] = 0
-        self.length = np.ones(batch, np.int32)
-        self.emitted = np.full((batch, width), -1, np.int64)
-        self.status = status
-        self._tokens = tokens
+    Args:
+        tokens: of the nodes, by request.
+        width: of the paths.
+        status: `[batch]` int32, the bits that are known already; None: there are none.
+    """
+
+    def __init__(self, tokens: list[list[int]], width: int, status: Array | None) -> None:
+        self._tokens, self._width = tokens, width
+        self._paths = [[0]] * len(tokens)
+        self._last = [PLACEHOLDER] * len(tokens)
+        self._status: list[int] = [0] * len(tokens) if status is None else status.tolist()
 
     def end(self, request: int, path: list[int], token: int | None, status: int = 0) -> None:
         """The request has accepted `path` and emits `token` last; None: there was no mass to draw it from."""
         if token is None:
             token, status = PLACEHOLDER, int(Status.EMPTY_ROW)
-        last = len(path) - 1
-        if last:
-            self.path[request, : last + 1] = path
-            self.emitted[request, :last] = self._tokens[request, path[1:]]
-            self.length[request] = last + 1
-        self.emitted[request, last] = token
-        if status:
-            self.status[request] |= status
+        self._paths[request], self._last[request] = path, token
+        self._status[request] |= status
 
     def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        path, length = torch.from_numpy(self.path), torch.from_numpy(self.length)
-        emitted, status = torch.from_numpy(self.emitted), torch.from_numpy(self.status)
+        paths, emitted = [], []
+        for nodes, tokens, last in zip(self._paths, self._tokens, self._last, strict=True):
+            rest = [-1] * (self._width - len(nodes))
+            paths.append(nodes + rest)
+            emitted.append([*[tokens[node] for node in nodes[1:]], last, *rest])
+        shape, size = (len(paths), self._width), len(paths)
+        path, length, token, status = (
+            torch.from_numpy(np.array(paths, np.int32).reshape(shape)),
+            torch.from_numpy(np.array([len(nodes) for nodes in self._paths], np.int32).reshape(size)),
+            torch.from_numpy(np.array(emitted, np.int64).reshape(shape)),
+            torch.from_numpy(np.array(self._status, np.int32).reshape(size)),
+        )
         if device.type == "cpu":
-            return path, length, emitted, status
-        return path.to(device), length.to(device), emitted.to(device), status.to(device)
+            return path, length, token, status
+        return path.to(device), length.to(device), token.to(device), status.to(device)
 
 
 class Walk:
@@ -268,6 +276,12 @@ class Walk:
 def mass_of(total: float, wants: rules.Mass) -> float | Status:
     """A rule's answer to the sum of the weights, (p - beta / w q)_+ or q itself; laws handed over may be none."""
     return total * (wants.w or 1.0) if 0.0 <= total < _INFINITY else Status.NAN_ROW
+
+
+def unless_broken(tokens: list[int | None], masses: Array, asking: list[Walk]) -> list[int | Status | None]:
+    """The tokens drawn from blocks of these masses, or what is wrong with the laws handed over."""
+    totals = (mass_of(mass, walk.wants) for mass, walk in zip(masses.sum(1).tolist(), asking, strict=True))
+    return [total if isinstance(total, Status) else token for total, token in zip(totals, tokens, strict=True)]
 
 
 def sound(*values: list[float]) -> bool:
@@ -306,6 +320,8 @@ class _Alone:
                         held = wants
                     if kind is rules.Mass:
                         answer = mass_of(float(masses.sum()), wants)
+                    elif not self.batch.computed and isinstance(mass_of(float(masses.sum()), wants), Status):
+                        answer = Status.NAN_ROW
                     else:
                         u = walk.tree.uniforms
                         answer = room.draw(u[-2], u[-1])
@@ -392,11 +408,12 @@ class Together:
         # the buffer holds (p - beta / w q)_+, or q itself
         return [mass_of(mass, walk.wants) for mass, walk in zip(total, asking, strict=True)]
 
-    def _draw(self, asking: list[Walk]) -> list[int | None]:
+    def _draw(self, asking: list[Walk]) -> list[Any]:
         if self.held != [(walk.slot, walk.wants) for walk in asking]:
             self._fill(asking)
         uniforms = [walk.tree.uniforms[-2:] for walk in asking]
-        return rows_torch.draw(self.weights, self.masses, [u for u, _ in uniforms], [u for _, u in uniforms])
+        tokens = rows_torch.draw(self.weights, self.masses, [u for u, _ in uniforms], [u for _, u in uniforms])
+        return tokens if self.batch.computed else unless_broken(tokens, self.masses, asking)
 
     def _fill(self, asking: list[Walk]) -> Array:
         """Put each request's (w p - beta q)_+ / w outside `without` into the weights, and sum its blocks."""
@@ -452,11 +469,10 @@ def run(
     )
     program = rules.RULES[rule]
     faults = work.faults()
-    outputs = _Outputs(batch, max_depth + 1, work.tokens, np.zeros(batch, np.int32) if faults is None else faults)
+    outputs = _Outputs(work.token_lists, max_depth + 1, faults)
     todo = list(range(batch))
     if faults is not None:
         refused = faults & ~int(Status.BAD_TOKEN) != 0
-        outputs.emitted[refused, 0] = PLACEHOLDER
         todo = np.flatnonzero(~refused).tolist()
     device = target_logits.device
     size = rows_torch.chunk_rows(vocab) if answers is None else max(len(todo), 1)

@@ -74,7 +74,7 @@ def verify(
             counts as a leaf. None: nodes - 1.
         backend: "torch" or "triton"; None to choose by device.
         inputs: "logits", or "probabilities": the target's rows are laws already and are used as they are; `sampling`
-            then stays at its default. Such a row is not checked beyond what is read of it.
+            then stays at its default. Such a row is not checked beyond what is read of it; its sum must stay below 4.
         draft_inputs: the same for the draft's rows and `draft_sampling`; None: as `inputs` says.
         point_nodes: `[nodes]` or `[batch, nodes]` bool: nodes that were chosen, not drawn, beside siblings that were
             drawn as `proposal` says. They are tested after the drawn ones, each offered what is left of p there; their

@@ -115,6 +115,32 @@ def test_a_broken_law_ends_its_own_request(vocab: int) -> None:
     assert out.tokens[1, 0] == out.tokens[2, 0] == 0
 
 
+@pytest.mark.parametrize("vocab", [40, 9000], ids=["short-rows", "long-rows"])
+def test_a_broken_law_of_a_leaf_is_found_by_the_draw(vocab: int) -> None:
+    target = torch.softmax(torch.randn(3, 1, vocab), -1)
+    target[0, 0, vocab - 1] = torch.nan
+    target[1] = 0.0
+    tokens, uniforms = torch.zeros(3, 1).long(), torch.full((3, 3), 0.5)
+    call = (target, None, tokens, torch.tensor([-1]), uniforms)
+    out = verify(*call, proposal="point", inputs="probabilities")
+    assert out.status.tolist() == [Status.NAN_ROW, Status.EMPTY_ROW, 0]
+    assert reference.verify(*call, proposal="point", inputs="probabilities").status.tolist() == out.status.tolist()
+
+
+@pytest.mark.parametrize("vocab", [40, 9000], ids=["short-rows", "long-rows"])
+def test_a_column_of_no_token_is_not_read(vocab: int) -> None:
+    target = torch.softmax(torch.randn(2, 2, vocab), -1)
+    draft = torch.full((2, 2, 3), 0.5)
+    draft[:, :, 2] = torch.nan
+    ids = torch.tensor([0, 1, vocab])
+    tokens, uniforms = torch.tensor([[0, 1]] * 2), torch.full((2, 4), 0.99)
+    out = verify(target, draft, tokens, torch.tensor([-1, 0]), uniforms, inputs="probabilities", draft_ids=ids)
+    draft[:, :, 2] = 0.0
+    known = verify(target, draft, tokens, torch.tensor([-1, 0]), uniforms, inputs="probabilities", draft_ids=ids)
+    assert out.status.tolist() == [0, 0]
+    assert torch.equal(out.tokens, known.tokens) and torch.equal(out.path, known.path)
+
+
 def test_a_mask_that_allows_nothing_is_an_empty_row() -> None:
     mask = torch.zeros(2, 1, 2, dtype=torch.int32)
     mask[1, 0, 0] = 1 << 5
