@@ -165,20 +165,18 @@ def test_branching_reaches_a_drafter_without_one_of_its_own() -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.ops.aten, "_weight_int8pack_mm"), reason="this torch has no int8 product")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("rows", [1, 3, 20])
-def test_the_packed_head_is_the_head(rows: int) -> None:
-    model = feature_model(tiny.tiny(), 64).bfloat16()
+def test_the_packed_head_is_the_head(rows: int, dtype: torch.dtype) -> None:
+    model = feature_model(tiny.tiny(), 64).to(dtype)
     stored = quantise({"head": model.head_rows})
-    model.head_rows.copy_(dequantise(stored, torch.bfloat16)["head"])
-    g = torch.randn(2, rows, WIDTH, generator=torch.Generator().manual_seed(2)).bfloat16()
+    model.head_rows.copy_(dequantise(stored, dtype)["head"])
+    g = torch.randn(2, rows, WIDTH, generator=torch.Generator().manual_seed(2)).to(dtype)
     wanted = model.logits(g)
     model.pack_head(stored["head"], stored["head.scale"])
     assert model.packed is not None
-    # one product of bfloat16 roundings against another
+    # one product of bfloat16 roundings against another, or against one of float32
     torch.testing.assert_close(model.logits(g), wanted, atol=0.06, rtol=0.02)
-    whole = feature_model(tiny.tiny(), 64)
-    whole.pack_head(stored["head"], stored["head.scale"])
-    assert whole.packed is None, "float32 rows are faster as they are"
 
 
 class _Merged(FeatureDrafter):

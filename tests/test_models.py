@@ -379,6 +379,24 @@ def bundled() -> tuple[AutoModelForCausalLM, AutoModelForCausalLM, AutoTokenizer
         pytest.skip(str(error))
 
 
+@pytest.mark.parametrize("branching", [(1,), (4, 2, 2), (9,)])
+def test_the_bundled_drafter_reads_its_file_in_bfloat16(branching: tuple[int, ...]) -> None:
+    """Its int8 rows lie at any address of a mapped file, and torch's int8 product wants its own alignment."""
+    try:
+        target, drafter, tokenizer = models.default_pair("bfloat16")
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
+    ids = chat(tokenizer, "What is 12 + 7?")
+    out = mcsd.generate(target, drafter, ids, branching=branching, max_new_tokens=8, temperature=1.0, seed=3)
+    assert out.sequences.shape[1] > ids.shape[1]
+    model = drafter.model
+    for rows in range(1, 9):
+        g = torch.randn(rows, model.head_rows.shape[1], generator=torch.Generator().manual_seed(rows)).bfloat16()
+        # sums of 576 products: the rounding of their terms, not of their result, is what differs
+        wanted = torch.nn.functional.linear(model.features(g), model.head_rows)
+        torch.testing.assert_close(model.logits(g), wanted, atol=0.25, rtol=0.05)
+
+
 def chat(tokenizer: AutoTokenizer, prompt: str) -> torch.Tensor:
     """Token ids `[1, length]` of a prompt in the chat template."""
     messages = [{"role": "user", "content": prompt}]

@@ -141,20 +141,24 @@ class FeatureModel(nn.Module):
         rows = features.numel() // features.shape[-1]
         if self.packed is None or rows > _FEW_ROWS:
             return F.linear(features, self.head_rows)
-        flat = torch.ops.aten._weight_int8pack_mm(features.reshape(rows, -1), *self.packed)
-        return flat.view(*features.shape[:-1], -1)
+        flat = torch.ops.aten._weight_int8pack_mm(features.reshape(rows, -1).bfloat16(), *self.packed)
+        return flat.view(*features.shape[:-1], -1).to(features.dtype)
 
     def pack_head(self, rows: torch.Tensor, scales: torch.Tensor) -> None:
-        """Read the head as int8 where that is faster: a few bfloat16 rows on a CPU, half the time at one row.
+        """Read the head as int8 where that is faster: a few rows on a CPU, half the time at one row.
+
+        The product is computed in bfloat16, in float32 models too: whatever a draft's logits are, its candidates are
+        drawn from them and tested against them.
 
         Args:
             rows: `[draft_vocab, width]` int8.
             scales: `[draft_vocab, 1]`; the head's rows are their products.
         """
         dtype, device = self.head_rows.dtype, self.head_rows.device
-        if device.type == "cpu" and dtype == torch.bfloat16 and hasattr(torch.ops.aten, "_weight_int8pack_mm"):
+        known = dtype in (torch.bfloat16, torch.float32) and hasattr(torch.ops.aten, "_weight_int8pack_mm")
+        if device.type == "cpu" and known:
             # a copy, because torch aligns its own memory: four rows at an address in a mapped file crash the product
-            self.packed = rows.clone(memory_format=torch.contiguous_format), scales.flatten().to(dtype)
+            self.packed = rows.clone(memory_format=torch.contiguous_format), scales.flatten().bfloat16()
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, self.config.norm_eps)
