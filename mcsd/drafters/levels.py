@@ -13,7 +13,6 @@ from typing import TypeVar
 import torch
 
 from mcsd_kernels import SamplingParams, draw_candidates
-from mcsd_kernels._backend import choose
 
 from ..trees import StaticTree, check_branching, check_parents, parents_of
 from .base import Drafter, Proposal, State
@@ -198,10 +197,6 @@ class LevelDrafter(Drafter):
         if drawn_from is not None:
             proposal.draft_logits, proposal.draft_rows = drawn_from.flatten(0, 1), plan.draft_rows
             proposal.draft_ids, proposal.draft_sampling = self._draft_ids, self.sampling
-            if self._draft_ids is not None and choose(None, state.device) != "torch":  # the kernels take no such ids
-                full = drawn_from.new_full((len(proposal.draft_logits), state.vocab), -torch.inf)
-                proposal.draft_logits = full.index_copy_(1, self._draft_ids, proposal.draft_logits)
-                proposal.draft_ids = None
         return proposal
 
     def end(self) -> None:
