@@ -360,3 +360,52 @@ def _inject(
             fields = {field: getattr(options["sampling"], field) for field in reference.RANGES}
             options["sampling"] = SamplingParams(**{**fields, name: values})
     return kind
+
+
+NEAR = 1e-5  # decisions this close are float32's to make
+
+EXTRAS = ("probabilities", "draft-probabilities", "bitmask", "draft-ids", "point-nodes")
+
+
+def words_of(allowed: torch.Tensor) -> torch.Tensor:
+    """`[..., vocab]` bool as `[..., ceil(vocab / 32)]` int32, token v in bit v % 32 of word v // 32."""
+    words = -(-allowed.shape[-1] // 32)
+    padded = torch.zeros(*allowed.shape[:-1], words * 32, dtype=torch.int64)
+    padded[..., : allowed.shape[-1]] = allowed
+    packed = (padded.unflatten(-1, (words, 32)) << torch.arange(32)).sum(-1)
+    return torch.where(packed >= 2**31, packed - 2**32, packed).int()
+
+
+def extended(rng: np.random.Generator, extras: set[str], **choices: Any) -> Case:
+    """A random call with some of `EXTRAS`; tokens need not come from the draft for two implementations to agree.
+
+    Args:
+        rng: the only source of randomness.
+        extras: some of `EXTRAS`.
+        choices: see `random_case`.
+    """
+    case = random_case(rng, filters="probabilities" not in extras, **choices)
+    target, draft, tokens, parents, uniforms = case.arguments
+    options = dict(case.options)
+    vocab = target.shape[-1]
+    if "draft-ids" in extras and draft is not None:
+        columns = int(rng.integers(1, vocab + 1))
+        ids = torch.from_numpy(rng.permutation(vocab + 3)[:columns] - (1 if rng.random() < 0.5 else 0))
+        draft = draft[..., :columns]
+        options["draft_ids"] = ids
+    if "probabilities" in extras or "draft-probabilities" in extras:
+        if "probabilities" in extras:
+            target = torch.softmax(target.float(), -1).to(target.dtype)
+            options["inputs"] = "probabilities"
+        if draft is not None:
+            draft = torch.softmax(draft.float(), -1).to(draft.dtype)
+            options["draft_inputs"] = "probabilities"
+        options["draft_sampling"] = None
+    if "bitmask" in extras:
+        batch, nodes = tokens.shape
+        allowed = torch.from_numpy(rng.random((batch, nodes, vocab)) < rng.choice([0.1, 0.5, 0.9]))
+        options["bitmask"] = words_of(allowed)
+    if "point-nodes" in extras:
+        shape = tokens.shape if rng.random() < 0.5 else tokens.shape[1:]
+        options["point_nodes"] = torch.from_numpy(rng.random(tuple(shape)) < 0.4)
+    return Case((target, draft, tokens, parents, uniforms), options, case.note)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import cases
 import numpy as np
 import pytest
+import torch
 import triton_interpreter
-from test_verify_inputs import EXTRAS, NEAR, extended
+from cases import EXTRAS, NEAR, extended
 
-from mcsd_kernels import _verify_triton, reference, verify
+from mcsd_kernels import Status, _verify_triton, reference, verify
 from mcsd_kernels._schedule import Launch
 
 triton_interpreter.install()
@@ -26,10 +27,62 @@ def test_triton_answers_as_torch_does(monkeypatch: pytest.MonkeyPatch, rule: str
         if "probabilities" in extras:
             extras.discard("bitmask")
         nodes, vocab = int(rng.integers(2, 8)), int(rng.choice([2, 5, 17, 64]))
-        case = extended(rng, extras, rule=rule, proposal=proposal, nodes=nodes, vocab=vocab, batch=2)
-        wanted = verify(*case.arguments, **case.options, backend="torch")
-        got = verify(*case.arguments, **case.options, backend="triton")
-        _, margin = reference.verify(*case.arguments, **case.options, return_margin=True)
-        for request in np.flatnonzero(np.asarray(margin) > NEAR):
-            for part, expected in zip(got, wanted, strict=True):
-                assert part[request].equal(expected[request]), (extras, case.note)
+        compare(extended(rng, extras, rule=rule, proposal=proposal, nodes=nodes, vocab=vocab, batch=2))
+
+
+@pytest.mark.parametrize("vocab", [1023, 1025, 2500])
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_rows_of_several_draw_blocks(monkeypatch: pytest.MonkeyPatch, extra: str, vocab: int) -> None:
+    rng = np.random.default_rng([EXTRAS.index(extra), vocab])
+    for schedule in ("walk", "split"):
+        monkeypatch.setattr(_verify_triton, "choose_launch", lambda *_, name=schedule: Launch(name, 1, 4, 2, 1))
+        compare(extended(rng, {extra}, nodes=4, vocab=vocab, batch=1))
+
+
+def compare(case: cases.Case) -> None:
+    """Both backends answer alike where the oracle's decisions are not close."""
+    wanted = verify(*case.arguments, **case.options, backend="torch")
+    got = verify(*case.arguments, **case.options, backend="triton")
+    _, margin = reference.verify(*case.arguments, **case.options, return_margin=True)
+    for request in np.flatnonzero(np.asarray(margin) > NEAR):
+        for part, expected in zip(got, wanted, strict=True):
+            assert part[request].equal(expected[request]), case.note
+
+
+@pytest.mark.parametrize("schedule", ["walk", "split"])
+@pytest.mark.parametrize("rule", cases.RULES)
+def test_columns_of_one_token_add_up(monkeypatch: pytest.MonkeyPatch, rule: str, schedule: str) -> None:
+    monkeypatch.setattr(_verify_triton, "choose_launch", lambda *_: Launch(schedule, 1, 4, 2, 1))
+    rng = np.random.default_rng(1)
+    for ids in ([3, 3, 0, 1, 3], [0, 0, 0, 0, 0], [5, 9, -1, 2, 2], [7, -7, 8, 99, -1]):
+        for draft_inputs in ("logits", "probabilities"):
+            target = torch.from_numpy(rng.normal(size=(2, 4, 8)).astype(np.float32))
+            draft = torch.from_numpy(rng.normal(size=(2, 4, 5)).astype(np.float32))
+            draft = draft if draft_inputs == "logits" else draft.softmax(-1)
+            tokens = torch.from_numpy(rng.choice([0, 2, 3, 5], size=(2, 4)))
+            uniforms = torch.from_numpy(rng.random((2, 6)).astype(np.float32))
+            options = {"proposal": "with_replacement", "rule": rule, "draft_inputs": draft_inputs}
+            options["draft_ids"] = torch.tensor(ids)
+            parents = torch.tensor([-1, 0, 0, 1])
+            compare(cases.Case((target, draft, tokens, parents, uniforms), options, f"ids {ids}, {draft_inputs}"))
+
+
+@pytest.mark.parametrize("schedule", ["walk", "split"])
+@pytest.mark.parametrize("vocab", [40, 1100])
+def test_a_broken_law_ends_its_own_request(monkeypatch: pytest.MonkeyPatch, vocab: int, schedule: str) -> None:
+    monkeypatch.setattr(_verify_triton, "choose_launch", lambda *_: Launch(schedule, 1, 4, 2, 1))
+    target = torch.softmax(torch.randn(4, 2, vocab, generator=torch.Generator().manual_seed(0)), -1)
+    draft = torch.zeros(4, 2, vocab)
+    draft[:, :, 3] = 1.0
+    target[:, 0, 3] = 0.0  # the candidate is rejected, so that the whole row is read
+    target[1, 0, 7] = torch.nan
+    target[2] = 0.0
+    tokens, parents = torch.tensor([[0, 3]]).expand(4, 2), torch.tensor([-1, 0])
+    out = verify(target, draft, tokens, parents, torch.full((4, 4), 0.5), inputs="probabilities", backend="triton")
+    assert out.status.tolist() == [0, Status.NAN_ROW, Status.EMPTY_ROW, 0]
+    assert out.length.tolist() == [1, 1, 1, 1]
+    leaf = target[:3, :1].clone()
+    leaf[0, 0, vocab - 1], leaf[1], leaf[2] = torch.nan, 0.0, 1 / vocab
+    call = (leaf, None, tokens[:3, :1], parents[:1], torch.full((3, 3), 0.5))
+    out = verify(*call, proposal="point", inputs="probabilities", backend="triton")
+    assert out.status.tolist() == [Status.NAN_ROW, Status.EMPTY_ROW, 0]

@@ -11,47 +11,6 @@ import torch
 
 from mcsd_kernels import SamplingParams, Status, draw_candidates, draw_uniforms, reference, verify
 
-EXTRAS = ("probabilities", "draft-probabilities", "bitmask", "draft-ids", "point-nodes")
-NEAR = 1e-5  # decisions this close are float32's to make
-
-
-def words_of(allowed: torch.Tensor) -> torch.Tensor:
-    """`[..., vocab]` bool as `[..., ceil(vocab / 32)]` int32, token v in bit v % 32 of word v // 32."""
-    words = -(-allowed.shape[-1] // 32)
-    padded = torch.zeros(*allowed.shape[:-1], words * 32, dtype=torch.int64)
-    padded[..., : allowed.shape[-1]] = allowed
-    packed = (padded.unflatten(-1, (words, 32)) << torch.arange(32)).sum(-1)
-    return torch.where(packed >= 2**31, packed - 2**32, packed).int()
-
-
-def extended(rng: np.random.Generator, extras: set[str], **choices: Any) -> cases.Case:
-    """A random call with some of `EXTRAS`; tokens need not come from the draft for two implementations to agree."""
-    case = cases.random_case(rng, filters="probabilities" not in extras, **choices)
-    target, draft, tokens, parents, uniforms = case.arguments
-    options = dict(case.options)
-    vocab = target.shape[-1]
-    if "draft-ids" in extras and draft is not None:
-        columns = int(rng.integers(1, vocab + 1))
-        ids = torch.from_numpy(rng.permutation(vocab + 3)[:columns] - (1 if rng.random() < 0.5 else 0))
-        draft = draft[..., :columns]
-        options["draft_ids"] = ids
-    if "probabilities" in extras or "draft-probabilities" in extras:
-        if "probabilities" in extras:
-            target = torch.softmax(target.float(), -1).to(target.dtype)
-            options["inputs"] = "probabilities"
-        if draft is not None:
-            draft = torch.softmax(draft.float(), -1)
-            options["draft_inputs"] = "probabilities"
-        options["draft_sampling"] = None
-    if "bitmask" in extras:
-        batch, nodes = tokens.shape
-        allowed = torch.from_numpy(rng.random((batch, nodes, vocab)) < rng.choice([0.1, 0.5, 0.9]))
-        options["bitmask"] = words_of(allowed)
-    if "point-nodes" in extras:
-        shape = tokens.shape if rng.random() < 0.5 else tokens.shape[1:]
-        options["point_nodes"] = torch.from_numpy(rng.random(tuple(shape)) < 0.4)
-    return cases.Case((target, draft, tokens, parents, uniforms), options, case.note)
-
 
 def differing(case: cases.Case) -> list[int]:
     """Requests that the backend and the oracle answer differently, close decisions apart."""
@@ -60,31 +19,33 @@ def differing(case: cases.Case) -> list[int]:
     same = torch.ones(len(margin), dtype=torch.bool)
     for a, b in zip(expected, got, strict=True):
         same &= (a == b).reshape(len(margin), -1).all(1)
-    return [b for b in range(len(margin)) if not same[b] and margin[b] > NEAR]
+    return [b for b in range(len(margin)) if not same[b] and margin[b] > cases.NEAR]
 
 
 @pytest.mark.parametrize("rule", cases.RULES)
 @pytest.mark.parametrize("proposal", cases.PROPOSALS)
-@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("extra", cases.EXTRAS)
 def test_equals_the_oracle(extra: str, proposal: str, rule: str) -> None:
     for seed in range(12):
-        rng = np.random.default_rng([seed, EXTRAS.index(extra)])
-        assert not differing(extended(rng, {extra}, proposal=proposal, rule=rule)), seed
+        rng = np.random.default_rng([seed, cases.EXTRAS.index(extra)])
+        assert not differing(cases.extended(rng, {extra}, proposal=proposal, rule=rule)), seed
 
 
 @pytest.mark.parametrize("rule", cases.RULES)
 def test_equals_the_oracle_with_everything_at_once(rule: str) -> None:
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        assert not differing(extended(rng, {"draft-probabilities", "bitmask", "draft-ids", "point-nodes"}, rule=rule))
-        assert not differing(extended(rng, {"probabilities", "draft-ids", "point-nodes"}, rule=rule)), seed
+        assert not differing(
+            cases.extended(rng, {"draft-probabilities", "bitmask", "draft-ids", "point-nodes"}, rule=rule)
+        )
+        assert not differing(cases.extended(rng, {"probabilities", "draft-ids", "point-nodes"}, rule=rule)), seed
 
 
 @pytest.mark.parametrize("rule", cases.RULES)
 def test_equals_the_oracle_on_long_rows(rule: str) -> None:
-    for seed, extra in enumerate(EXTRAS):
+    for seed, extra in enumerate(cases.EXTRAS):
         rng = np.random.default_rng(seed)
-        assert not differing(extended(rng, {extra}, rule=rule, vocab=9000, batch=2, nodes=5)), extra
+        assert not differing(cases.extended(rng, {extra}, rule=rule, vocab=9000, batch=2, nodes=5)), extra
 
 
 def test_probabilities_decide_as_their_logits_do() -> None:
@@ -172,7 +133,7 @@ def test_law_of_a_mixed_tree_under_a_mask_from_a_smaller_vocabulary(proposal: st
         proposal=proposal,
         rule=rule,
         point_nodes=torch.tensor([False, False, False, True]),
-        bitmask=words_of(allowed.expand(count, 4, vocab)),
+        bitmask=cases.words_of(allowed.expand(count, 4, vocab)),
         draft_ids=ids,
     )
     law = torch.softmax(p.masked_fill(~allowed, -torch.inf), 0)

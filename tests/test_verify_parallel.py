@@ -16,7 +16,6 @@ import torch.distributed as dist
 from mcsd_kernels import SamplingParams, Status, draw_uniforms, reference, verify
 
 RANKS = 4
-NEAR = 1e-5  # decisions this close are float32's to make
 
 
 def split(rows: torch.Tensor | None, shares: list[int], rank: int) -> torch.Tensor | None:
@@ -43,7 +42,7 @@ def compare(case: cases.Case, shares: list[int], group: Any) -> int:
     same = torch.ones(len(margin), dtype=torch.bool)
     for a, b in zip(expected, got, strict=True):
         same &= (a == b).reshape(len(margin), -1).all(1)
-    return int((~same & (margin > NEAR)).sum())
+    return int((~same & (margin > cases.NEAR)).sum())
 
 
 def masked(case: cases.Case, rng: np.random.Generator) -> cases.Case:

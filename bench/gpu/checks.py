@@ -374,19 +374,17 @@ def host(rule: str, proposal: str, vocab: int, tree: Tree, context: Context) -> 
 
 
 def fuzz(rule: str, proposal: str, vocab: int, dtype: str, context: Context) -> Iterator[Row]:
-    """Random legal calls, a third of them with a fault, against the oracle: the tests' own cases."""
+    """Random legal calls, a third with a fault, a third with other rows than logits, against the oracle."""
     cases = test_cases()
     faults, requests, close, calls = [], 0, 0, 0
     start = time.monotonic()
     while calls < context.sizes.fuzz_calls and time.monotonic() - start < context.sizes.fuzz_seconds:
-        case = cases.random_case(
-            np.random.default_rng([11, vocab, calls]),
-            rule=rule,
-            proposal=proposal,
-            vocab=vocab,
-            dtype=getattr(torch, dtype),
-            faults=calls % 3 == 0,
-        )
+        random = np.random.default_rng([11, vocab, calls])
+        choices = {"rule": rule, "proposal": proposal, "vocab": vocab, "dtype": getattr(torch, dtype)}
+        if calls % 3 == 2:  # probabilities, a bitmask, a draft vocabulary, chosen siblings
+            case = cases.extended(random, {str(random.choice(cases.EXTRAS))}, **choices)
+        else:
+            case = cases.random_case(random, **choices, faults=calls % 3 == 0)
         there = case.to(context.device.device)
         found = verify(*there.arguments, **there.options, backend="triton")
         wrong, few = agreement.against_oracle(Verified(*(x.cpu() for x in found)), case.arguments, case.options)
