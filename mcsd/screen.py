@@ -305,7 +305,8 @@ def step_tree(step: Step, coins: bool = False) -> Tree:
 def step_line(step: Step) -> Text:
     """One step in a line."""
     accepted, offered = len(step.path) - 1, sum(node.token >= 0 for node in step.nodes[1:])
-    return Text(f"  {accepted} of {offered} candidates accepted, {len(step.tokens)} tokens: {quoted(step.text)}")
+    word = "token" if len(step.tokens) == 1 else "tokens"
+    return Text(f"  {accepted} of {offered} candidates accepted, {len(step.tokens)} {word}: {quoted(step.text)}")
 
 
 def diagnostics_table(summary: dict[str, Any]) -> Table:

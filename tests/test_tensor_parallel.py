@@ -14,11 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from test_feature_drafter import feature_model
 from tiny_folders import save_model
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import mcsd
+from mcsd.distill.product import quantise
+from mcsd.draft_model import WEIGHTS_FILE, load_draft
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = str(ROOT / "examples" / "tensor_parallel.py")
@@ -31,15 +35,16 @@ WORK = """
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
     import mcsd
+    from mcsd.draft_model import load_draft
 
-    example, target, draft, folder = sys.argv[1:]
+    example, target, draft, head, folder = sys.argv[1:]
     plan = DistributedConfig(tp_plan="auto")
     split = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, distributed_config=plan)
     small = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32)
     ids = torch.arange(5, 30)[None]
     found = {
         name: mcsd.generate(split, which, ids, branching=(3, 2), max_new_tokens=24, seed=3).sequences.tolist()
-        for name, which in (("draft", small), ("ngram", "ngram"))
+        for name, which in (("draft", small), ("ngram", "ngram"), ("head", load_draft(head, split)))
     }
     sys.argv = [example, target, draft]
     scope = runpy.run_path(example, run_name="__main__")
@@ -58,18 +63,19 @@ def test_two_processes_say_what_one_does(
         pytest.skip("this transformers takes its plans in another way")
     target = str(save_model(tmp_path / "target", 0))  # 257 tokens: the two slices differ in size
     draft = str(save_model(tmp_path / "draft", 1, layers=1))
+    head = save_head(tmp_path / "head", target)  # its embedding is the target's, which the plan splits
     script = tmp_path / "work.py"
     script.write_text(textwrap.dedent(WORK))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(script), EXAMPLE, target, draft, str(tmp_path)],
+        [*command, str(script), EXAMPLE, target, draft, head, str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True, timeout=150, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert [found.pop("columns") for found in both] == [129, 128]
-    assert both[0] == both[1] == alone(target, draft, monkeypatch)
+    assert both[0] == both[1] == alone(target, draft, head, monkeypatch)
     line = capsys.readouterr().out
     assert "process 0 of 1 has 257 of 257 columns" in line
     said = line.partition("columns, ")[2]
@@ -77,14 +83,23 @@ def test_two_processes_say_what_one_does(
         assert f"process {rank} of 2 has {columns} of 257 columns, {said}" in done.stdout
 
 
-def alone(target: str, draft: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def save_head(folder: Path, target: str) -> str:
+    """A folder with a drafter that reads the target's hidden states."""
+    model = feature_model(AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32), 200)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"drafter": "feature", **model.config.as_dict()}))
+    save_file(quantise({**model.state_dict(), "draft_ids": model.draft_ids}), folder / WEIGHTS_FILE)
+    return str(folder)
+
+
+def alone(target: str, draft: str, head: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The same in this process, on the whole model."""
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     whole, small = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (target, draft))
     found = {
         name: mcsd.generate(whole, which, PROMPT, branching=(3, 2), max_new_tokens=24, seed=3).sequences.tolist()
-        for name, which in (("draft", small), ("ngram", "ngram"))
+        for name, which in (("draft", small), ("ngram", "ngram"), ("head", load_draft(head, whole)))
     }
     monkeypatch.setattr(sys, "argv", [EXAMPLE, target, draft])
     return {**found, "example": runpy.run_path(EXAMPLE, run_name="__main__")["text"].tolist()}
