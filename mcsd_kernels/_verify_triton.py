@@ -284,7 +284,11 @@ def _columns_kernel(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Which columns of the draft's rows a token has; grid (COLUMNS / BLOCK,)."""
+    """Which columns of the draft's rows a token has; grid (COLUMNS / BLOCK,).
+
+    The order of a token's columns may differ from call to call, and with it, from three columns on, the last bit of
+    their sum.
+    """
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(ids_ptr + column, mask=column < COLUMNS, other=-1)
     known = (token >= 0) & (token < VOCAB)
@@ -1484,6 +1488,11 @@ def prepare_bytes(batch: int, nodes: int, width: int, index_bytes: int = 8) -> i
     """
     read = nodes * 2 * index_bytes + (nodes + 2) * 4
     return batch * (read + nodes * _LINKS.value * 4 + width * (4 + 8) + 8)
+
+
+def columns_bytes(vocab: int, columns: int) -> int:
+    """`_columns_kernel`: the ids, the cleared map of the tokens, two entries a column."""
+    return columns * 8 + (vocab + 1 + 2 * columns) * 4
 
 
 def statistics_bytes(rows: int, vocab: int, logit_bytes: int) -> int:

@@ -28,23 +28,31 @@ def call(
     dtype: torch.dtype = torch.bfloat16,
     filters: bool = True,
     rows: bool = False,
+    inputs: str = "logits",
+    extras: bool = False,
     launch: Launch | None = None,
 ) -> None:
     """One call of the wrapper; the launch is the table's, which splits a batch of 4 and walks one of 256.
 
     Args:
         rows: logits by row index, int32 tokens, a tree for each request, tensors as sampling parameters.
+        inputs: of both sides.
+        extras: a bitmask, a draft vocabulary of its own, chosen siblings.
     """
     nodes = 16
     shape = (batch * nodes, vocab) if rows else (batch, nodes, vocab)
     index = fake(batch, nodes, dtype=torch.int32) if rows else None
-    draft = None if proposal == "point" else fake(*shape, dtype=dtype)
+    columns = 16_384 if extras else vocab
+    draft = None if proposal == "point" else fake(*shape[:-1], columns, dtype=dtype)
     numbers = [0.8, 50.0, 0.9, 0.01] if filters else [0.8, 0.0, 1.0, 0.0]
     tensors = [fake(batch) if rows else None] * 4
     kernels.verify(
         fake(*shape, dtype=dtype), draft, fake(batch, nodes, dtype=torch.int32 if rows else torch.int64),
         fake(*([batch] if rows else []), nodes, dtype=torch.int32), fake(batch, nodes + 2), index,
-        None if draft is None else index, numbers, tensors, numbers, tensors, proposal, rule, nodes - 1, launch=launch,
+        None if draft is None else index, numbers, tensors, numbers, tensors, proposal, rule, nodes - 1,
+        inputs, inputs, fake(nodes, dtype=torch.bool) if extras else None,
+        fake(batch, nodes, -(-vocab // 32), dtype=torch.int32) if extras else None,
+        fake(columns, dtype=torch.int64) if extras else None, launch=launch,
     )  # fmt: skip
 
 
@@ -61,6 +69,15 @@ OTHER_CALLS: dict[str, Callable[[], None]] = {
     "walk, traversal, point, no filter": lambda: call("traversal", "point", batch=256, filters=False),
     "split, recursive, without replacement, no filter": lambda: call("recursive", "without_replacement", filters=False),
     "split, traversal, greedy, rows": lambda: call("traversal", "greedy", rows=True),
+    "walk, recursive, without replacement, probabilities": lambda: call(
+        "recursive", "without_replacement", batch=256, filters=False, inputs="probabilities"
+    ),
+    "walk, traversal, without replacement, bitmask, draft vocabulary, chosen siblings": lambda: call(
+        "traversal", "without_replacement", batch=256, extras=True
+    ),
+    "split, traversal, without replacement, bitmask, draft vocabulary, chosen siblings": lambda: call(
+        "traversal", "without_replacement", extras=True
+    ),
 }
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 ON = [(target, name) for target in TARGETS for name in CALLS] + [("sm_90", name) for name in OTHER_CALLS]
