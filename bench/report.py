@@ -27,7 +27,7 @@ from harness import Row
 from tables import TABLES, Table, calls, newest, of_one_machine, on_gpu, say, speeds
 
 ROOT = harness.ROOT
-PAGES = ("README.md", "docs/algorithm.md")
+PAGES = ("README.md", "docs/algorithm.md", "docs/results.md")
 FIGURES = "docs/figures"
 
 REGION = re.compile(r"<!-- (table|figure): (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
