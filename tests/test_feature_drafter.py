@@ -215,7 +215,8 @@ def test_the_bundled_drafter_is_whole() -> None:
     folder = DATA / "smollm2-feature"
     assert (folder / WEIGHTS_FILE).stat().st_size <= 15_000_000
     model = load_feature_model(folder, torch.randn(49_152, 576, generator=torch.Generator().manual_seed(0)))
-    assert torch.equal(model.draft_ids, torch.arange(16_384))
+    assert torch.equal(model.draft_ids, model.draft_ids.unique()) and len(model.draft_ids) == 16_384
+    assert int(model.draft_ids[0]) >= 0 and int(model.draft_ids[-1]) < 49_152
     logits = model.logits(torch.randn(1, 2, 576))
     assert logits.shape == (1, 2, 16_384) and bool(logits.isfinite().all())
     with pytest.raises(ValueError, match="input embedding of shape"):
