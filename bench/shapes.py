@@ -60,7 +60,7 @@ def main() -> None:
     """Measure, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
-    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--tokens", type=int, default=10, help="the table has the rows of one such number")
     parser.add_argument("--batch", type=int, default=8, help="prompts at once")
     parser.add_argument("--temperature", type=float, action="append")
     parser.add_argument("--dtype", default="float32")

@@ -286,8 +286,7 @@ def _columns_kernel(
 ):
     """Which columns of the draft's rows a token has; grid (COLUMNS / BLOCK,).
 
-    The order of a token's columns may differ from call to call, and with it, from three columns on, the last bit of
-    their sum.
+    The order of a token's columns may differ from call to call; their sum does not, see `laws_at`.
     """
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(ids_ptr + column, mask=column < COLUMNS, other=-1)

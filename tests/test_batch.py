@@ -45,6 +45,12 @@ def start(path: Path, rank: int, count: int, **environment: str) -> subprocess.P
     )  # fmt: skip
 
 
+def done(worker: subprocess.Popen[bytes]) -> None:
+    """Wait for a process that must end well."""
+    _, complaint = worker.communicate(timeout=60)
+    assert worker.returncode == 0, complaint
+
+
 def check_whole(path: Path) -> None:
     """Every prompt once, each row whole, and nothing left beside the file."""
     assert list(path.parent.iterdir()) == [path]
@@ -70,9 +76,7 @@ def test_nothing_is_lost_or_doubled_by_kills(tmp_path: Path) -> None:
         for worker in workers:
             worker.communicate(timeout=60)
     assert held(path) > 0
-    last = start(path, 0, 1)
-    _, complaint = last.communicate(timeout=60)
-    assert last.returncode == 0, complaint
+    done(start(path, 0, 1))
     check_whole(path)
 
 
@@ -80,9 +84,7 @@ def test_a_copy_that_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     left = path.with_name("results.jsonl.whole-1")
     left.write_text('{"id": 0')
-    worker = start(path, 0, 1)
-    _, complaint = worker.communicate(timeout=60)
-    assert worker.returncode == 0, complaint
+    done(start(path, 0, 1))
     check_whole(path)
 
 
@@ -110,9 +112,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, limit: int, count: int) -> No
         assert worker.returncode == int(full), complaint
         assert not full or b"File too large" in complaint
     assert not list(tmp_path.glob("*.whole-*"))
-    last = start(path, 0, 1)
-    _, complaint = last.communicate(timeout=60)
-    assert last.returncode == 0, complaint
+    done(start(path, 0, 1))
     check_whole(path)
 
 
@@ -121,8 +121,7 @@ def test_a_killed_finish_leaves_nothing_behind(tmp_path: Path) -> None:
     path.with_name("results.jsonl.whole-2").write_bytes(b'{"id": 0, "pro')
     workers = [start(path, rank, 2) for rank in range(2)]
     for worker in workers:
-        _, complaint = worker.communicate(timeout=60)
-        assert worker.returncode == 0, complaint
+        done(worker)
     check_whole(path)
 
 

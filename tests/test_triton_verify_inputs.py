@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import cases
 import numpy as np
 import pytest
@@ -15,13 +17,18 @@ from mcsd_kernels._schedule import Launch
 triton_interpreter.install()
 
 
+def launch_by(monkeypatch: pytest.MonkeyPatch, schedule: str, waves: Callable[[], int] = lambda: 1) -> None:
+    """Every call by this schedule, in small tiles."""
+    monkeypatch.setattr(_verify_triton, "choose_launch", lambda *_: Launch(schedule, 1, 4, 2, waves()))
+
+
 @pytest.mark.parametrize("schedule", ["walk", "split"])
 @pytest.mark.parametrize("proposal", cases.PROPOSALS)
 @pytest.mark.parametrize("rule", cases.RULES)
 def test_triton_answers_as_torch_does(monkeypatch: pytest.MonkeyPatch, rule: str, proposal: str, schedule: str) -> None:
     """Each extra alone, then some at once; decisions that float32 may take either way apart."""
     rng = np.random.default_rng([cases.RULES.index(rule), cases.PROPOSALS.index(proposal), schedule == "split"])
-    monkeypatch.setattr(_verify_triton, "choose_launch", lambda *_: Launch(schedule, 1, 4, 2, int(rng.integers(0, 5))))
+    launch_by(monkeypatch, schedule, lambda: int(rng.integers(0, 5)))
     mixed = [set(rng.choice(EXTRAS, 3, replace=False)) for _ in range(2)]
     for extras in [*({extra} for extra in EXTRAS), *mixed]:
         if "probabilities" in extras:
@@ -35,7 +42,7 @@ def test_triton_answers_as_torch_does(monkeypatch: pytest.MonkeyPatch, rule: str
 def test_rows_of_several_draw_blocks(monkeypatch: pytest.MonkeyPatch, extra: str, vocab: int) -> None:
     rng = np.random.default_rng([EXTRAS.index(extra), vocab])
     for schedule in ("walk", "split"):
-        monkeypatch.setattr(_verify_triton, "choose_launch", lambda *_, name=schedule: Launch(name, 1, 4, 2, 1))
+        launch_by(monkeypatch, schedule)
         compare(extended(rng, {extra}, nodes=4, vocab=vocab, batch=1))
 
 
@@ -52,7 +59,7 @@ def compare(case: cases.Case) -> None:
 @pytest.mark.parametrize("schedule", ["walk", "split"])
 @pytest.mark.parametrize("rule", cases.RULES)
 def test_columns_of_one_token_add_up(monkeypatch: pytest.MonkeyPatch, rule: str, schedule: str) -> None:
-    monkeypatch.setattr(_verify_triton, "choose_launch", lambda *_: Launch(schedule, 1, 4, 2, 1))
+    launch_by(monkeypatch, schedule)
     rng = np.random.default_rng(1)
     for ids in ([3, 3, 0, 1, 3], [0, 0, 0, 0, 0], [5, 9, -1, 2, 2], [7, -7, 8, 99, -1]):
         for draft_inputs in ("logits", "probabilities"):
@@ -70,7 +77,7 @@ def test_columns_of_one_token_add_up(monkeypatch: pytest.MonkeyPatch, rule: str,
 @pytest.mark.parametrize("schedule", ["walk", "split"])
 @pytest.mark.parametrize("vocab", [40, 1100])
 def test_a_broken_law_ends_its_own_request(monkeypatch: pytest.MonkeyPatch, vocab: int, schedule: str) -> None:
-    monkeypatch.setattr(_verify_triton, "choose_launch", lambda *_: Launch(schedule, 1, 4, 2, 1))
+    launch_by(monkeypatch, schedule)
     target = torch.softmax(torch.randn(4, 2, vocab, generator=torch.Generator().manual_seed(0)), -1)
     draft = torch.zeros(4, 2, vocab)
     draft[:, :, 3] = 1.0

@@ -148,23 +148,16 @@ def load_weights(student: Student, run: Path) -> None:
     own = student.body.state_dict()
     (head,) = (name for name, parameter in student.body.named_parameters() if parameter is student.head)
     ids = student.draft_ids.tolist()
-    if (run / DRAFT_IDS).is_file():
-        theirs = {token: row for row, token in enumerate(json.loads((run / DRAFT_IDS).read_text()))}
-    else:
-        theirs = {token: row for row, token in enumerate(ids)}
-    if body.keys() != own.keys() or len(theirs) != len(body[head]):
+    theirs = json.loads((run / DRAFT_IDS).read_text()) if (run / DRAFT_IDS).is_file() else ids
+    shapes = {name: tensor.shape for name, tensor in own.items()}
+    shapes[head] = torch.Size([len(theirs), *shapes[head][1:]])
+    if {name: tensor.shape for name, tensor in body.items()} != shapes:
         raise ValueError(f"weights: the drafter in {run} has another shape; use its --kind and --layers")
-    rows, taken = [], []
-    for row, token in enumerate(ids):
-        if token in theirs:
-            rows.append(row)
-            taken.append(theirs[token])
+    place = {token: row for row, token in enumerate(theirs)}
+    rows = [row for row, token in enumerate(ids) if token in place]
     start = own[head].clone()
-    start[rows] = body[head][taken].to(start)
-    body[head] = start
-    if {name: tensor.shape for name, tensor in body.items()} != {name: tensor.shape for name, tensor in own.items()}:
-        raise ValueError(f"weights: the drafter in {run} has another shape; use its --kind and --layers")
-    student.body.load_state_dict(body)
+    start[rows] = body[head][[place[ids[row]] for row in rows]].to(start)
+    student.body.load_state_dict({**body, head: start})
 
 
 class Trainer:

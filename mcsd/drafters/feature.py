@@ -19,7 +19,7 @@ from .levels import LevelDrafter
 from .stopping import Stopping
 
 _BRANCHING = (4, 2, 2)
-_FEW_ROWS = 8  # up to which int8 rows are read faster than bfloat16 ones
+_FEW_ROWS = 8  # up to which int8 rows are read faster than the head's own
 
 
 @dataclass(frozen=True)
