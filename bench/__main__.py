@@ -87,6 +87,12 @@ BENCHMARKS = {
         MINUTES,
         None,
     ),
+    "tune": Benchmark(
+        "bench/tune.py",
+        "bench/tune.py -- --prompts 1 --max-new-tokens 8 --nodes 3 --depth 1 --width 2",
+        15,
+        None,
+    ),
     "gpu": Benchmark("-m bench.gpu all", "-m bench.gpu all --smoke", 23, None, gpu=True),
     "attention_gpu": Benchmark("bench/attention.py", None, 10, None, gpu=True, resumes=False),
     "loop_gpu": Benchmark("bench/loop.py", "bench/loop.py --smoke", 10, None, gpu=True, resumes=False),

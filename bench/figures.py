@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mcsd.plots import COLOURS, drawing
+from mcsd.plots import COLOURS, drawing, plot_profile
+from mcsd.profile import Profile
 from mcsd.trees import parents_of
 from mcsd_kernels import ancestor_bits, tree_attention_mask
 from mcsd_kernels.tree import unpack_bits
@@ -198,6 +199,11 @@ def tokens_per_call(points: Any, path: Path, about: str) -> None:
             axes.grid(axis="y", color=LIGHT, linewidth=0.6)
         panels[0][0].set_ylabel("tokens per target call")
         figure.legend(handles.values(), handles.keys(), loc="outside right center")
+
+
+def tune(data: Any, path: Path, about: str) -> None:
+    """The curve of `mcsd tune`, as the command draws it."""
+    plot_profile(Profile(**data), path, about)
 
 
 def speed(bars: Any, path: Path, about: str) -> None:

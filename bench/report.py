@@ -87,6 +87,16 @@ def speed(rows: list[Row]) -> list[Row]:
     return [{name: row[name] for name in names} for row in speeds(rows)]
 
 
+def tuned(rows: list[Row]) -> Row:
+    """The profile of the newest run of `mcsd tune`, as far as it is drawn."""
+    if not rows:
+        return {}
+    row = rows[-1]
+    names = ("tokens_per_call", "tokens_per_second", "plain_tokens_per_second", "curve", "shapes")
+    settings = {name: row[name] for name in ("target", "draft", "dtype", "device", "temperature")}
+    return {**row["chosen"], **{name: row[name] for name in names}, "settings": settings}
+
+
 PICTURES = {
     "tree_mask": Picture(
         None,
@@ -121,6 +131,9 @@ PICTURES = {
     ),
     "tokens_per_call": Picture(
         "shapes", calls, "tokens_per_call", "Tokens per target call by tree, proposal and rule, with 95 % intervals"
+    ),
+    "tune": Picture(
+        "tune", tuned, "tune", "Tokens a second over the size of the tree, predicted and measured, with plain decoding"
     ),
     "speed": Picture(
         "end_to_end", speed, "speed", "Speed against plain decoding by tree; bars left of 1 are slower than plain"

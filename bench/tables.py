@@ -301,6 +301,33 @@ def calls(rows: list[Row]) -> list[Row]:
     return points
 
 
+def tune(rows: list[Row]) -> Table | None:
+    """The trees that the newest run measured, the fastest first, and plain decoding."""
+    if not rows:
+        return None
+    row = rows[-1]
+    body = []
+    for shape in sorted(row["shapes"], key=lambda shape: -shape["tokens_per_second"]):
+        name = tree(shape["branching"]) if shape["branching"] else f"depth {shape['depth']}"
+        predicted = shape["predicted_tokens_per_second"]
+        body.append(
+            [
+                name + (", made by hand" if shape["hand_made"] else ""),
+                str(shape["nodes"] - 1),
+                f"{shape['proposal']}, {shape['rule']}",
+                f"{shape['tokens_per_call']:.2f}",
+                "–" if predicted is None else f"{predicted:.1f}",
+                f"{shape['tokens_per_second']:.1f}",
+                f"{shape['tokens_per_second'] / row['plain_tokens_per_second']:.2f} ×",
+            ]
+        )
+    head = ["tree", "candidates", "proposal, rule", "tokens per call", "predicted", "tokens a second", "over plain"]
+    pair = f"{row['target']} with {row['draft']} in {row['dtype']}, T = {row['temperature']:g}"
+    run = f"{row['prompts']} prompts × {row['max_new_tokens']} tokens, in turns"
+    note = f"{pair}, {run}; plain decoding {row['plain_tokens_per_second']:.1f} tokens a second."
+    return Table(head, body, [row], note)
+
+
 def attention(rows: list[Row]) -> Table | None:
     """Tree attention and its best rival."""
     rows = [row for row in rows if str(row.get("bench", "")).startswith("attention-") and "best_rival" in row]
@@ -393,6 +420,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], Table | None]]] = {
     "acceptance": ("acceptance", acceptance),
     "loop_overhead": ("loop_overhead", loop_overhead),
     "shapes": ("shapes", shapes),
+    "tune": ("tune", tune),
     "attention_cpu": ("attention_cpu", attention),
     "attention_gpu": ("attention_gpu", attention),
     "verify_gpu": ("gpu_verify", gpu_verify),

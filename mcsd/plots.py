@@ -87,14 +87,15 @@ def plot_file(source: str | PathLike[str], picture: str | PathLike[str]) -> Path
     return path
 
 
-def plot_profile(profile: Profile, picture: str | PathLike[str]) -> None:
+def plot_profile(profile: Profile, picture: str | PathLike[str], about: str | None = None) -> None:
     """Tokens a second over the size of the tree, predicted and measured.
 
     Args:
         profile: of `mcsd tune`.
         picture: where to draw.
+        about: what an SVG's metadata say of it.
     """
-    with drawing(picture) as (_, axes):
+    with drawing(picture, about=about) as (_, axes):
         _draw_profile(axes, profile)
 
 

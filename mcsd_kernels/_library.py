@@ -36,6 +36,8 @@ def _plain(arguments: Iterable[Any]) -> bool:
     """Whether every tensor is an ordinary one, with data, that wants no gradient."""
     for argument in arguments:
         kind = type(argument)
+        if kind in _SCALARS:
+            continue
         if kind is torch.Tensor:
             if argument.requires_grad or argument.is_meta:
                 return False
@@ -46,3 +48,6 @@ def _plain(arguments: Iterable[Any]) -> bool:
         elif isinstance(argument, torch.Tensor):
             return False
     return True
+
+
+_SCALARS = frozenset({str, int, float, type(None)})

@@ -253,16 +253,21 @@ class _Visit:
         self.tree, self.path, self.w, self.rows = tree, path, w, rows
 
     def enter(self, child: Child, scale: float, mass: float) -> Step:
-        """Enter a child with weight min(1, mass / scale); None: it failed, and this node's rows are loaded again."""
+        """Enter a child with weight min(1, mass / scale); None: it failed, and this node's rows are loaded again.
+
+        Of a leaf, virtual or not, nothing but the coin has to be known to say that it fails: then no row is touched.
+        """
         if not mass > scale * _NO_WEIGHT:  # NaN, of rows that are no laws, included
             return None
         node, x = child
         w = 1.0 if mass >= scale else mass / scale
-        if self.tree.is_virtual(node):
-            if self.tree.uniforms[node] < w:
-                self.tree.path = self.path
-                return x
+        virtual = self.tree.is_virtual(node)
+        leaf = virtual or not self.tree.children(node, len(self.path))
+        if leaf and not self.tree.uniforms[node] < w:
             return None
+        if virtual:
+            self.tree.path = self.path
+            return x
         token = yield Enter([*self.path, node], w)
         if token is None:
             yield self.rows

@@ -1129,7 +1129,10 @@ def _walk_kernel(
                         chosen = child
                 else:
                     weight = _share(scale, mass)
-                    if (weight > 0.0) & ((_is_virtual(target, request, child, nodes) == 0) | (u < weight)):
+                    # the row of a leaf that its coin refuses is not looked at
+                    leaf = (depth + 2 >= width) | (tl.load(links_ptr + nodes * _COUNT + child) == 0)
+                    leaf = leaf | _is_virtual(target, request, child, nodes)
+                    if (weight > 0.0) & ((leaf == 0) | (u < weight)):
                         chosen = child
 
         if POINTS:

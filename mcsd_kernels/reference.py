@@ -441,11 +441,10 @@ def _enter(problem: Problem, coins: Coins, path: list[int], w: float) -> Outcome
         "greedy": _visit_greedy,
         "point": _visit_point,
     }[problem.proposal]
-    p = problem.target(path[-1])
     siblings = problem.candidates(path[-1])
-    if not siblings:
-        return (path, coins.draw(p)) if _stops(path, 1.0, w, coins) else None
-    return visit(p, problem, path, siblings, w, coins)
+    if not siblings:  # the row of a leaf that fails is not looked at
+        return (path, coins.draw(problem.target(path[-1]))) if _stops(path, 1.0, w, coins) else None
+    return visit(problem.target(path[-1]), problem, path, siblings, w, coins)
 
 
 def _stops(path: list[int], scale: float, mass: float, coins: Coins) -> bool:

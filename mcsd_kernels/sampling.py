@@ -63,10 +63,14 @@ def pack(
     """`SamplingParams` as an operator takes them: four numbers, and four tensors that win over them."""
     if not isinstance(sampling, SamplingParams):
         raise ValueError(f"{name}: expected SamplingParams, got {type(sampling).__name__}")
+    values = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
     numbers: list[float] = []
     tensors: list[torch.Tensor | None] = []
-    for field in ("temperature", "top_k", "top_p", "min_p"):
-        value = getattr(sampling, field)
+    for field, value in zip(RANGES, values, strict=True):
+        if type(value) is float or type(value) is int:
+            numbers.append(float(value))
+            tensors.append(None)
+            continue
         if isinstance(value, torch.Tensor):
             if value.shape not in ((), (count,)):
                 raise ValueError(f"{name}.{field}: expected shape [{count}], got {list(value.shape)}")

@@ -409,3 +409,26 @@ def extended(rng: np.random.Generator, extras: set[str], **choices: Any) -> Case
         shape = tokens.shape if rng.random() < 0.5 else tokens.shape[1:]
         options["point_nodes"] = torch.from_numpy(rng.random(tuple(shape)) < 0.4)
     return Case((target, draft, tokens, parents, uniforms), options, case.note)
+
+
+LEAVES = {"no children": [-1, -1], "at max_depth": [1, 1], "all children missing": [1, 1]}
+
+
+def refused_leaf(kind: str) -> dict[str, Any]:
+    """Arguments of a call whose two requests refuse node 1, a leaf; the second one's rows after it are NaN.
+
+    Nothing but its coin refuses a leaf, so what its rows hold is of no matter.
+    """
+    generator = torch.Generator().manual_seed(0)
+    target, draft = torch.randn(2, 4, 5, generator=generator), torch.randn(2, 4, 5, generator=generator)
+    draft[:, 0, 1] = 6.0  # the draft likes the token so much better that a coin of 0.97 refuses it
+    target[1, 1], draft[1, 1] = torch.nan, torch.nan
+    missing = kind == "all children missing"
+    return {
+        "target_logits": target,
+        "draft_logits": draft,
+        "tokens": torch.tensor([[0, 1, -1, -1] if missing else [0, 1, 2, 3]] * 2),
+        "parents": torch.tensor([-1, 0, *LEAVES[kind]]),
+        "uniforms": torch.full((2, 6), 0.97),
+        "max_depth": 1 if kind == "at max_depth" else None,
+    }

@@ -247,6 +247,19 @@ def test_a_broken_row_ends_its_own_request_alone(rule: str) -> None:
     assert broken.status[1] == Status.NAN_ROW and broken.tokens[1, 0] == 0 and broken.length[1] == 1
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("rule", "proposal"), EVERY)
+def test_the_rows_of_a_refused_leaf_are_not_read(
+    rule: str, proposal: str, schedule: str, scheduled: Callable[..., None]
+) -> None:
+    scheduled(schedule)
+    for kind in cases.LEAVES:
+        call = cases.refused_leaf(kind)
+        found = verify(**call, rule=rule, proposal=proposal, backend="triton")
+        assert not differences(found, reference.verify(**call, rule=rule, proposal=proposal)), kind
+        assert found.status.tolist() == [0, 0] and found.tokens[0, 0] == found.tokens[1, 0]
+
+
 def test_a_batch_of_none() -> None:
     found = verify(
         torch.zeros(0, 2, 5), None, torch.zeros(0, 2, dtype=torch.int64), torch.tensor([-1, 0]), torch.zeros(0, 4),

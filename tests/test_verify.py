@@ -697,6 +697,15 @@ def test_an_unusable_row_further_down(rule: str, length: int, device: torch.devi
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("proposal", PROPOSALS)
+@pytest.mark.parametrize("kind", cases.LEAVES)
+def test_the_rows_of_a_refused_leaf_are_not_read(kind: str, proposal: str, rule: str, device: torch.device) -> None:
+    found = agrees(device, rule=rule, proposal=proposal, **cases.refused_leaf(kind))
+    assert found.status.tolist() == [0, 0]
+    assert found.length.tolist() == [1, 1] and found.tokens[0, 0] == found.tokens[1, 0]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("proposal", PROPOSALS)
 @pytest.mark.parametrize(
     ("token", "status"),
     [
