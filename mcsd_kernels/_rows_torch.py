@@ -155,16 +155,24 @@ class Buffers:
         return pick(masses, blocks, u_block, u_place)
 
 
+# A loop comes back with the target's vocabulary and the draft's in turn.
+_MOST_KEPT = 4
 _kept = threading.local()
 
 
 def buffers(rows: int, vocab: int, device: torch.device) -> Buffers:
-    """Buffers of at least so many rows; the next call on this thread gets the same memory."""
-    kept: Buffers | None = getattr(_kept, "buffers", None)
-    if kept is None or kept.p.shape[1] != vocab or kept.p.shape[0] < rows or kept.p.device != device:
+    """Buffers of at least so many rows; the next call on this thread with this vocabulary gets the same memory."""
+    kept: dict[tuple[int, torch.device], Buffers] = _kept.__dict__.setdefault("buffers", {})
+    key = vocab, device
+    found = kept.get(key)
+    if found is None or found.p.shape[0] < rows:
         with torch.inference_mode(False):  # what is made inside inference mode could not be written outside it
-            kept = _kept.buffers = Buffers(rows, vocab, device)
-    return kept
+            found = Buffers(rows, vocab, device)
+        kept.pop(key, None)
+        while len(kept) >= _MOST_KEPT:  # the oldest one goes
+            del kept[next(iter(kept))]
+        kept[key] = found
+    return found
 
 
 def law(logits: torch.Tensor, sampling: Sampling, buffer: torch.Tensor, slots: list[int] | None) -> list[Status] | None:

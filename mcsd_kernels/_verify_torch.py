@@ -47,8 +47,8 @@ class Side:
         self._request, self._rows = -1, values
         self.ids: torch.Tensor | None = None
         if ids is not None:
-            inside = ids.numel() == 0 or 0 <= int(ids.min()) <= int(ids.max()) < vocab
-            self.known = None if inside else ids.ge(0) & ids.lt(vocab)
+            low, high = (int(end) for end in ids.aminmax()) if ids.numel() else (0, 0)
+            self.known = None if low >= 0 and high < vocab else ids.ge(0) & ids.lt(vocab)
             self.ids = ids if self.known is None else torch.where(self.known, ids, 0)
 
     def row(self, request: int, node: int) -> torch.Tensor:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mcsd_kernels import draw_uniforms, reference
-from mcsd_kernels.random import CANDIDATE_STREAM, VERIFY_STREAM, philox, uniforms
+from mcsd_kernels.random import (
+    CANDIDATE_STREAM,
+    VERIFY_STREAM,
+    philox,
+    philox_of_numbers,
+    philox_on_host,
+    uniforms,
+)
 
 ONES = 0xFFFFFFFF
 
@@ -44,6 +52,9 @@ def test_known_answers(counter: list[int], key: list[int], words: list[int], dev
     lanes = [torch.tensor([3, word], device=device) for word in counter]
     keys = [torch.tensor([9, word], device=device) for word in key]
     assert philox(lanes, keys)[1].tolist() == words
+    on_host = philox_on_host(np.array(counter, np.uint64)[:, None], np.array(key, np.uint64)[:, None])
+    assert on_host[:, 0].tolist() == words
+    assert list(philox_of_numbers(*counter, *key)) == words
     assert list(reference.philox_4x32_10(counter, key)) == words
 
 
@@ -92,6 +103,20 @@ def test_neither_the_batch_nor_the_count_matters(device: torch.device) -> None:
     assert torch.equal(draw_uniforms(seeds[5:6], 3, 11), whole[5:6])
     assert torch.equal(draw_uniforms(seeds[::2], 3, 11), whole[::2])
     assert torch.equal(draw_uniforms(seeds, 3, 7), whole[:, :7])
+
+
+@pytest.mark.parametrize("count", [1, 4, 15, 16, 17])
+def test_a_few_numbers_are_those_of_many(count: int, device: torch.device) -> None:
+    """A row alone and few rows, with numbers and tensors as nodes and steps, against the same rows among others."""
+    seeds = torch.tensor(list(SEEDS.values()), device=device)
+    nodes, steps = torch.arange(8, device=device).int(), torch.arange(8, device=device) + ONES - 7
+    whole = uniforms(seeds, nodes, steps, CANDIDATE_STREAM, count)
+    same_step = uniforms(seeds, 3, ONES, VERIFY_STREAM, count)
+    for rows in (slice(0, 1), slice(6, 8), slice(2, 6)):
+        found = uniforms(seeds[rows], nodes[rows], steps[rows], CANDIDATE_STREAM, count)
+        assert found.dtype == torch.float32 and torch.equal(found, whole[rows])
+        assert torch.equal(uniforms(seeds[rows], 3, ONES, VERIFY_STREAM, count), same_step[rows])
+        assert torch.equal(uniforms(seeds[rows], 3, steps[-1], VERIFY_STREAM, count), same_step[rows])
 
 
 def test_an_empty_batch(device: torch.device) -> None:
