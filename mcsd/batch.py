@@ -163,12 +163,12 @@ class Results:
         if path is None:
             return
         own = path if share.count == 1 else path.with_name(f"{path.name}.part-{share.rank}")
-        for file in {path, own, *self._parts()}:
-            self.done |= self._read(file).keys()
+        self._read_all(own)  # refuses before a file is made
         self._file = own.open("ab")
         if not _lock(self._file):
             self._file.close()
             raise ValueError(f"{own}: another process is writing it; wait for it or end it")
+        self._read_all(own)  # with what another process wrote until now
         self._file.truncate(self._whole_bytes(own))
         self._own = own
 
@@ -229,6 +229,12 @@ class Results:
         self._remove([*parts, *self._beside("whole")])
         return True
 
+    def _read_all(self, own: Path) -> None:
+        """Note what is done."""
+        assert self.path is not None
+        for file in {self.path, own, *self._parts()}:
+            self.done |= self._read(file).keys()
+
     @staticmethod
     def _remove(files: list[Path]) -> None:
         for file in files:
@@ -240,7 +246,8 @@ class Results:
     def _beside(self, kind: str) -> list[Path]:
         """The files `NAME.KIND-RANK`."""
         assert self.path is not None
-        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.{kind}-[0-9]*"))
+        found = self.path.parent.glob(f"{glob.escape(self.path.name)}.{kind}-[0-9]*")
+        return sorted(file for file in found if file.name.rpartition("-")[2].isdecimal())  # and no "X.part-1.bak"
 
     def _read(self, path: Path) -> dict[str | int, bytes]:
         """Whole lines of a file by the id of their prompt; a file that is not there has none."""

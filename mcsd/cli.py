@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect as python_inspect
+import io
 import json
 import os
 import sys
@@ -49,7 +50,18 @@ AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to stdout, and 
 
 def main() -> None:
     """Run the command line."""
+    _mend_streams()
     app()
+
+
+def _mend_streams() -> None:
+    """Text that an encoding lacks becomes "?", and what has been closed takes anything, so that no work is lost."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  stays open
+        elif isinstance(stream, io.TextIOWrapper) and (stream.encoding or "").lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="replace")
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -243,7 +255,7 @@ def _refusal(pair: Pair, prompt: Prompt) -> str | None:
     """Why this one prompt of a file cannot be continued, whatever becomes of the others."""
     try:
         length = pair.encode(prompt.text).shape[1]
-    except (ValueError, TypeError) as error:  # TypeError: text that is no Unicode
+    except ValueError as error:
         return " ".join(str(error).split())
     positions = getattr(pair.target.config.get_text_config(decoder=True), "max_position_embeddings", None) or 0
     new = pair.settings.max_new_tokens
@@ -352,13 +364,16 @@ def tune(
     """
     if settings.profile is not None or settings.branching is not None:
         raise ValueError("profile, branching: expected neither; tune chooses the tree")
-    from .batch import read_prompts
+    from .batch import check_output, read_prompts
     from .plots import check_picture, have_matplotlib, plot_profile
 
+    check_output(output, prompt_file)
     if picture is not None:
         check_picture(picture)
     elif have_matplotlib():
         picture = output.with_suffix(".svg")
+    if picture is not None and picture.resolve() == output.resolve():
+        raise ValueError(f"output: expected another file than the picture's, got {output}")
     texts = [prompt.text for prompt in read_prompts(prompt_file)] if prompt_file else list(BENCH_PROMPTS)
     pair = _load(settings, quiet=as_json)
     profile = _tuned(pair, texts[:prompts], nodes, depth, width, quiet=as_json)
@@ -475,7 +490,7 @@ def bench(
         rows = [_bench_row(run.prompt, [run]) for run in runs]
         stdout().print(bench_table([*rows, _bench_row(None, runs)]))
     if interrupted:
-        raise typer.Exit(INTERRUPTED)
+        raise KeyboardInterrupt
 
 
 def _bench_row(prompt: str | None, runs: list[Run]) -> dict[str, Any]:

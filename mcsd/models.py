@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import logging
 import os
+import secrets
 import shutil
-import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -28,6 +30,7 @@ GGUF_VERSION = "0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # Raised when the conversion changes, so that no older copy in a user's cache is read.
 CACHE_FORMAT = 1
+_ABANDONED_SECONDS = 3600.0
 
 
 def load_target(
@@ -168,7 +171,12 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
     A folder under its final name is therefore complete, and of two processes that write it the first one wins.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*"):  # of processes that were killed
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
+    partial.mkdir()  # unlike tempfile's, as readable as the user's other folders
     try:
         yield partial
         try:

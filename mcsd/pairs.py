@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -193,8 +195,10 @@ class Pair:
         """`[1, length]` int64 on the target's device.
 
         Raises:
-            ValueError: no token comes of it.
+            ValueError: no token comes of it, or it is no Unicode.
         """
+        if any("\ud800" <= character <= "\udfff" for character in prompt):  # bytes of another encoding
+            raise ValueError(f"prompt: expected text in Unicode, got {prompt!r}")
         if self.chat:
             messages = [{"role": "user", "content": prompt}]
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -268,7 +272,7 @@ class Pair:
             do_sample=sampled, max_new_tokens=count, pad_token_id=self.target.generation_config.pad_token_id, **filters
         )
         if sampled:
-            torch.manual_seed(seed)
+            torch.manual_seed(seed % 2**64)
         with quiet_transformers(), _generation_config(self.target, config):
             start = time.perf_counter()
             sequences = self.target.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
@@ -332,8 +336,9 @@ def loading(role: str, name: str) -> Iterator[None]:
         raise ValueError(f"{role}: expected a model's folder, {name} does not exist")
     try:
         yield
-    except OSError as error:
-        where = "" if os.path.isdir(name) else "no such folder, and not to be had from the model hub: "
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        here = os.path.isdir(name) or name in (DEFAULT_TARGET, *BUNDLED_DRAFTS)
+        where = "" if here else "no such folder, and not to be had from the model hub: "
         raise ValueError(f"{role}: cannot load {name}: {where}{_first_line(error)}") from error
 
 

@@ -25,16 +25,19 @@ if TYPE_CHECKING:
 
 PHASES = ("prefill", "draft", "score", "verify", "keep", "other")
 _REDRAW_SECONDS = 0.1
+_NARROWEST = 3  # a character may take two columns
+# what would move the cursor, ring, or rename the window; line ends and tabs stay
+_CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 
 def stderr() -> Console:
     """For everything that is not the result itself."""
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def stdout() -> Console:
     """For results that a person reads."""
-    return Console(highlight=False)
+    return Console(highlight=False, markup=False, emoji=False)
 
 
 @contextmanager
@@ -121,7 +124,8 @@ class Stream:
         self._drawn = 0.0
         self._begin = time.perf_counter()
         self._console = stdout()
-        lively = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._on_terminal = sys.stdout.isatty()
+        lively = self._on_terminal and os.environ.get("TERM") != "dumb"
         self._live = Live(console=self._console, auto_refresh=False, transient=True) if lively else None
 
     def __enter__(self) -> Stream:
@@ -165,6 +169,8 @@ class Stream:
         self.seconds += time.perf_counter() - start
 
     def _show(self, text: str) -> None:
+        if self._on_terminal:
+            text = text.translate(_CONTROLS)
         if not self._live:
             sys.stdout.write(text)
             sys.stdout.flush()
@@ -177,15 +183,16 @@ class Stream:
         *pieces, self._line = self._wrapped(self._line)
         whole += pieces
         if whole:
-            self._live.update(self._region())
+            self._live.update(self._region(), refresh=True)
             for line in whole:
                 self._console.print(Text(line))
 
     def _wrapped(self, line: str) -> list[str]:
         """A line in pieces that fit the screen."""
         pieces = []
-        while cell_len(line) >= self._console.width:
-            first = chop_cells(line, self._console.width - 1)[0]
+        width = max(self._console.width, _NARROWEST)
+        while cell_len(line) >= width:
+            first = chop_cells(line, width - 1)[0]
             cut = first.rfind(" ") + 1 or len(first)
             pieces.append(line[:cut])
             line = line[cut:]
@@ -365,7 +372,7 @@ def profile_line(profile: Profile) -> str:
 
 def quoted(text: str) -> str:
     """Text with its blanks and line ends visible."""
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False).translate(_CONTROLS)
 
 
 def doctor_table(facts: dict[str, Any]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -101,6 +102,10 @@ class Settings:
     ] = None
 
     def __post_init__(self) -> None:
+        for name in ("target", "draft"):
+            value = getattr(self, name)
+            if value is not None and value.startswith("~"):  # a shell leaves it in --target=~/model
+                object.__setattr__(self, name, os.path.expanduser(value))
         _ = self.factors
         if self.adaptive and self.profile is None:
             raise ValueError("adaptive: expected a --profile beside it, which says what to expect of each tree")

@@ -43,7 +43,8 @@ class SamplingParams:
                 raise ValueError(f"{name}: expected a number or a [batch] tensor, got {value!r}")
             inside = (low < value if open_low else low <= value) and value <= high and math.isfinite(value)
             if not inside:
-                raise ValueError(f"{name}: expected a value in {'(' if open_low else '['}{low}, {high}], got {value!r}")
+                end = f"{high})" if math.isinf(high) else f"{high}]"
+                raise ValueError(f"{name}: expected a value in {'(' if open_low else '['}{low}, {end}, got {value!r}")
         if not isinstance(self.top_k, torch.Tensor) and int(self.top_k) != self.top_k:
             raise ValueError(f"top_k: expected a whole number, got {self.top_k!r}")
 

@@ -138,6 +138,30 @@ def test_a_link_to_the_results_stays_one(tmp_path: Path) -> None:
     assert len((tmp_path / "disk" / "results.jsonl").read_text().splitlines()) == 2
 
 
+def test_what_another_process_wrote_until_the_lock_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, lock = tmp_path / "results.jsonl", batch._lock
+
+    def late(file: Any) -> bool:
+        with path.open("a") as other:
+            other.write('{"id": "one", "prompt": "Hello", "settings": {}}\n')
+        return lock(file)
+
+    monkeypatch.setattr(batch, "_lock", late)
+    with batch.Results(path, PROMPTS, {}) as results:
+        assert [prompt.id for prompt in results.todo] == ["two"]
+
+
+def test_files_of_similar_names_are_left_alone(tmp_path: Path) -> None:
+    others = [tmp_path / f"results.jsonl.{name}" for name in ("part-1.bak", "whole-2024-backup", "part-x1")]
+    for other in others:
+        other.write_text("mine")
+    with batch.Results(tmp_path / "results.jsonl", PROMPTS, {}) as results:
+        for prompt in results.todo:
+            results.write(prompt, {"prompt": prompt.text})
+        assert results.finish()
+    assert all(other.read_text() == "mine" for other in others)
+
+
 PROMPTS = [batch.Prompt("one", "Hello", 0), batch.Prompt("two", "Goodbye", 1)]
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect as python_inspect
 import io
+import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -274,6 +276,48 @@ def test_ctrl_c_while_loading(pair_options: list[str], monkeypatch: pytest.Monke
     assert result.exit_code == 130 and "Traceback" not in result.stderr
 
 
+def test_text_that_an_encoding_lacks_ends_nothing(pair_options: list[str]) -> None:
+    command = [sys.executable, "-m", "mcsd", "inspect", *pair_options, "Hello"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "step 0" in done.stdout and "?" in done.stdout
+
+
+def test_a_closed_stdout_is_no_mistake(pair_options: list[str]) -> None:
+    command = [sys.executable, "-m", "mcsd", "generate", *pair_options, "--max-new-tokens", "4", "Hello"]
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    done = subprocess.run(closed, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 0 and "tokens per call" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("command", [["generate"], ["generate", "--raw"], ["inspect"]])
+def test_a_prompt_that_is_no_unicode_is_refused(command: list[str], pair_options: list[str]) -> None:
+    assert "prompt: expected text in Unicode" in failure(call(*command, "--json", *pair_options, "caf\udce9"))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_a_torn_file_names_its_model(role: str, file: str, pair_options: list[str], tmp_path: Path) -> None:
+    torn = shutil.copytree(pair_options[pair_options.index(f"--{role}") + 1], tmp_path / "torn")
+    (torn / file).write_bytes((torn / file).read_bytes()[:50])
+    message = failure(call("generate", "--json", *pair_options, f"--{role}", str(torn), "Hello"))
+    assert message.startswith(f"{role}: ") and str(torn) in message
+
+
+def test_a_home_folder_that_the_shell_has_left_is_found(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folders["target"].parent))
+    assert Settings(target="~/target", draft="~/draft").target == str(folders["target"])
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**64 + 5)])
+def test_any_whole_number_is_a_seed(seed: str, pair_options: list[str]) -> None:
+    result = call("generate", "--json", "--compare", *pair_options, "--max-new-tokens", "4", "--seed", seed, "Hello")
+    assert result.exit_code == 0 and json.loads(result.stdout)["plain"]["tokens"]
+
+
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Press Ctrl-C at a step of every generation that gets so far."""
     propose = ModelDrafter.propose
@@ -511,6 +555,9 @@ def test_tune_writes_a_profile_that_generate_uses(pair_options: list[str], tmp_p
         ("tune", ["--branching", "2"], "profile, branching: expected neither"),
         ("tune", ["--draft", "ngram"], "draft: expected a model, whose trees can be chosen"),
         ("tune", ["--picture", "curve.bmp"], "picture: expected a name that ends in"),
+        ("tune", ["--output", "nowhere/p.json"], "output: expected a file in a folder that exists"),
+        ("tune", ["--output", "p.svg", "--picture", "p.svg"], "output: expected another file than the picture's"),
+        ("tune", ["--output", str(ROOT / "README.md"), "--prompt-file", str(ROOT / "README.md")], "than the prompts'"),
     ],
 )
 def test_tuning_mistakes_are_one_line(
@@ -518,6 +565,26 @@ def test_tuning_mistakes_are_one_line(
 ) -> None:
     options = ["--json", "--output", str(tmp_path / "p.json")] if command == "tune" else ["--json"]
     assert message in failure(call(command, *options, *pair_options, *arguments))
+
+
+@pytest.mark.parametrize("interrupted", [1, 4, 9])
+def test_ctrl_c_ends_tuning_without_a_profile(
+    interrupted: int, pair_options: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Wherever it comes: while acceptance is recorded, while forwards are timed, while trees are measured."""
+    generations = itertools.count(1)
+    begin = ModelDrafter.begin
+
+    def counting(self: ModelDrafter, state: mcsd.State) -> None:
+        begin(self, state)
+        if next(generations) == interrupted:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ModelDrafter, "begin", counting)
+    sizes = ["--nodes", "3", "--depth", "1", "--width", "2", "--max-new-tokens", "8", "--prompts", "1"]
+    result = call("tune", *pair_options, *sizes, "--output", str(tmp_path / "profile.json"))
+    assert result.exit_code == 130 and "interrupted" in result.stderr
+    assert next(generations) == interrupted + 1 and list(tmp_path.iterdir()) == []
 
 
 def test_plot_names_mistakes(tmp_path: Path) -> None:
@@ -551,10 +618,6 @@ def test_detokenizer_holds_back_half_a_character(folders: dict[str, Path]) -> No
 
 
 def test_a_terminal_shows_all_the_text_and_the_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("TERM", "xterm")
@@ -573,6 +636,46 @@ def test_a_terminal_shows_all_the_text_and_the_progress(monkeypatch: pytest.Monk
     kept = what_stays(shown)
     assert kept == ["the quick brown fox jumps over the lazy dog", "and [bold]goes on[/bold] ", "x" * 59, "x" * 11, ""]
     assert stream.seconds > 0
+
+
+class Terminal(io.StringIO):
+    """A stdout that claims to be one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def streamed(text: str, width: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a terminal of this width is sent for a text."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(screen, "stdout", lambda: Console(file=terminal, width=width, force_terminal=True))
+    with screen.Stream(lambda tokens: "".join(map(chr, tokens))) as stream:
+        stream.put(torch.tensor([[1]]))
+        for letter in text:
+            stream.put(torch.tensor([ord(letter)]))
+        stream.end()
+    return terminal.getvalue()
+
+
+@pytest.mark.parametrize(("width", "text"), [(1, "abc"), (2, "日本 abc"), (3, "日本 abc")])
+def test_a_terminal_of_no_width_gets_all_the_text(width: int, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = streamed(text, width, monkeypatch)
+    assert set(text) <= set(shown)
+
+
+def test_a_text_cannot_command_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = streamed("a\x1b]0;title\x07b\x9b31mc\x7f", 60, monkeypatch)
+    assert "\x1b]" not in shown and not {"\x07", "\x9b", "\x7f"} & set(shown)
+    assert "a\ufffd]0;title\ufffdb\ufffd31mc\ufffd" in shown
+    assert screen.quoted("\x9b\x1b") == '"\ufffd\\u001b"'
+
+
+def test_file_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    for console in (screen.stdout(), screen.stderr()):
+        console.print("./model[v2] x[/b] s:fire:1")
+    assert all(text == "./model[v2] x[/b] s:fire:1\n" for text in capsys.readouterr())
 
 
 def what_stays(output: str) -> list[str]:

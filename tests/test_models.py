@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -104,6 +105,19 @@ def test_atomic_folder_leaves_nothing_after_a_failure(tmp_path: Path) -> None:
         (partial / "weights").write_text("half")
         raise OSError("disk full")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_atomic_folder_clears_what_killed_processes_left(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    left, under_way = tmp_path / ".model.dead", tmp_path / ".model.busy"
+    for other in (left, under_way):
+        other.mkdir()
+        (other / "weights").write_text("half")
+    os.utime(left, (0, 0))
+    with models._atomic_folder(folder):
+        pass
+    assert sorted(tmp_path.iterdir()) == [under_way, folder]
+    assert folder.stat().st_mode == under_way.stat().st_mode
 
 
 def test_atomic_folder_keeps_the_first_of_two_writers(tmp_path: Path) -> None:

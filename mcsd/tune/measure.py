@@ -66,7 +66,7 @@ def record_labels(
     for first in range(0, len(prompts), batch):
         some = [prompt[0].tolist() for prompt in prompts[first : first + batch]]
         recorder = _LabelRecorder(draft, width, sampling, attention, seed + first)
-        generate(
+        written = generate(
             target,
             recorder,
             columns(some, target.device),
@@ -77,6 +77,8 @@ def record_labels(
             attention=attention,
             **numbers(sampling),
         )
+        if written.stats.interrupted:
+            raise KeyboardInterrupt
         for proposal, texts in recorder.labels.items():
             labels.setdefault(proposal, []).extend(np.array(text, np.int8).T for text in texts.values())
         if progress is not None:
@@ -210,7 +212,7 @@ def measure_costs(
                     steps.append({name: s - before.get(name, 0.0) for name, s in stats.seconds.items()})  # noqa: B023
                 before = dict(stats.seconds)
 
-            generate(
+            timed = generate(
                 target,
                 tree_drafter(draft, shape, proposal, attention),
                 context,
@@ -221,6 +223,8 @@ def measure_costs(
                 eos_token_id=[],
                 **numbers(sampling),
             )
+            if timed.stats.interrupted:
+                raise KeyboardInterrupt
 
     def median(shape: tuple[int, ...], *names: str) -> float:
         return statistics.median(sum(step.get(name, 0.0) for name in names) for step in phases[shape])
