@@ -171,6 +171,30 @@ def test_windowed_layers_drop_what_is_behind_them(name: str, monkeypatch: pytest
         assert all(store.skipped == [0, 0, 0] and store.room >= 100 for store in full)
 
 
+def test_a_cache_that_is_used_again_begins_at_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What windows had left behind of one text is no part of the next one."""
+    monkeypatch.setattr("mcsd.cache.BLOCK", 8)
+    monkeypatch.setattr("mcsd.cache.REREAD", 1)
+    caches = []
+    made = Scorer.__init__
+
+    def remembers(self: Scorer, *arguments: Any, **options: Any) -> None:
+        made(self, *arguments, **options)
+        caches.append(self.cache)
+
+    monkeypatch.setattr(Scorer, "__init__", remembers)
+    model = tiny("mistral")
+    ids, mask = pad([prompt(50, 1), prompt(33, 3)])
+    mcsd.generate(model, "ngram", ids, mask, max_new_tokens=20, temperature=0.0)
+    (cache,) = caches
+    stores = [layer.store for layer in cache.layers]
+    assert any(min(store.skipped) > 0 for store in stores)
+    cache.reset(100)
+    for store in stores:
+        assert store.skipped == [0, 0] and not store.keys.any() and not store.values.any()
+        assert store.skipped_on_device is None or not store.skipped_on_device.any()
+
+
 def test_a_model_that_drops_the_tree_keeps_whole_windows() -> None:
     # the packed mask has one prefix length for all layers, so no layer may begin elsewhere
     model = tiny("mistral")

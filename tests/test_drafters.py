@@ -6,6 +6,7 @@ import copy
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel, RepetitionPenaltyLogitsProcessor
@@ -314,6 +315,19 @@ def test_lookup_learns_what_was_generated() -> None:
     assert paths_of(second, 1) == {0: []}, "a request that is over proposes nothing"
     drafter.begin(state_of([[1, 2, 7, 2]]))
     assert list(paths_of(drafter.propose(state_of([[1, 2, 7, 2]])), 0).values()) == [[], [7], [7, 2]]
+
+
+def test_lookup_in_a_text_that_grows_is_lookup_in_the_whole() -> None:
+    text = np.random.default_rng(0).integers(0, 3, 80).tolist()
+    options: dict[str, Any] = {"longest": 3, "depth": 3, "continuations": 3}
+    drafter = NgramDrafter(**options)
+    state = state_of([text[:4]])
+    drafter.begin(state)
+    for step in range(30):
+        proposal = drafter.propose(state)
+        wanted, _ = ngram_tree(state.sequences[0], **options)
+        assert list(paths_of(proposal, 0).values()) == list(paths_of(wanted, 0).values())
+        state.sequences[0] += text[len(state.sequences[0]) :][: 1 + step % 3]
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,15 @@ def test_what_is_new_comes_after_and_what_is_not_is_joined() -> None:
     assert tree.draft_logits is not None and tree.draft_logits.shape == (5, 3)
 
 
+def test_what_was_chosen_among_drawn_siblings_stays_so() -> None:
+    """A tree may bring chosen nodes beside those that it drew."""
+    own = torch.tensor([False, False, True, False, True])
+    first = drawn(*DRAWN)
+    first.fields["point_nodes"] = own
+    _, tree = merged(first, Given(*CHOSEN), sequences=[[1, 5]])
+    assert tree.point_nodes is not None and tree.point_nodes[0, :5].tolist() == own.tolist()
+
+
 def test_a_missing_candidate_is_joined_with_nothing() -> None:
     tokens = [[5, -1, 11, 12, 13]]
     _, tree = merged(drawn(tokens, DRAWN[1]), Given([[5, -1, 10, 12, 11]], [-1, 0, 0, 1, 0]), sequences=[[5]])

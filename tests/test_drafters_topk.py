@@ -79,6 +79,18 @@ class Watched(TopKDrafter):
         return proposal
 
 
+def test_stopping_is_asked_once_a_level(draft: PreTrainedModel) -> None:
+    asked: list[tuple[int, tuple[int, ...]]] = []
+
+    def note(level: int, logits: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
+        asked.append((level, tuple(logits.shape[:2])))
+        return torch.ones(logits.shape[:2], dtype=torch.bool)
+
+    ids, mask = pad(PROMPTS)
+    mcsd.generate(draft, TopKDrafter(draft, 3, 2, 6, stopping=note), ids, mask, max_new_tokens=1)
+    assert asked == [(0, (3, 1)), (1, (3, 2)), (2, (3, 2))]
+
+
 @pytest.mark.parametrize(
     ("depth", "beam", "budget"), [(1, 4, 4), (3, 1, 3), (4, 3, 12), (3, 4, 36), (2, 6, 7)], ids=str
 )

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mcsd.integrations import _trees, eagle, flashinfer, sglang, vllm
-from mcsd_kernels import SamplingParams, draw_candidates
+from mcsd_kernels import SamplingParams, draw_candidates, verify
 
 VOCAB = 5
 TRIALS = 1500
@@ -120,6 +120,14 @@ def test_vllm_greedy_and_random_requests_share_a_batch() -> None:
     probs = torch.full((5, 100), 0.01)
     found = v1(drafts, logits, [5, 6, 7], draft_probs=probs, sampling_metadata=metadata([0.0, 1.0, 0.0]))
     assert found == [[1, 9, -1], [1, 2, 6], [3, 7, -1]]
+
+
+def test_vllm_a_temperature_below_zero_is_greedy() -> None:
+    flat = torch.zeros(40, 50)
+    flat[:, 7] = 0.1  # the argmax by a hair
+    drafts = [[7]] * 40
+    found = v1(drafts, flat, [3] * 40, sampling_metadata=metadata([-1.0, 0.0] * 20))
+    assert found == [[7, 3]] * 40
 
 
 @pytest.mark.parametrize("with_probs", [True, False], ids=["drawn", "chosen"])
@@ -267,6 +275,17 @@ def test_vllm_v2_law(with_logits: bool, block: bool, p_value: PValue) -> None:
     assert p_value(law_of_two(), first_two(sampled)) > CHANCE
 
 
+def test_vllm_v2_temperatures_are_those_of_the_states() -> None:
+    flat = torch.zeros(40, 2, 50)
+    flat[:, :, 7] = 0.1
+    state = np.random.default_rng(0).permutation(40).tolist()
+    tensors = v2_tensors([[7]] * 40, flat, state=state, temperature=1.0)
+    greedy = torch.arange(40) % 2 == 0  # of the requests
+    tensors["temperature"][torch.tensor(state)[greedy]] = 0.0
+    sampled, _ = vllm.rejection_sample_v2(**tensors)
+    assert (sampled[greedy] == 7).all() and (sampled[~greedy, 0] != 7).sum() > 10
+
+
 def test_vllm_v2_numbers_depend_on_seed_and_position_alone() -> None:
     logits, q = torch.randn(4, 3, 50), torch.randn(4, 2, 50)
     drafts = [[1, 2]] * 4
@@ -411,6 +430,35 @@ def test_sglang_chain_law(rows: int, seeded: bool, p_value: PValue) -> None:
     assert count.max() == 2 and count.min() == 0
 
 
+@pytest.mark.parametrize("kind", ["tree", "chain"])
+def test_sglang_requests_have_rows_and_numbers_of_their_own(kind: str) -> None:
+    """Every request with laws, candidates and coins of its own, against `verify` with the documented layout."""
+    random, batch, nodes = torch.Generator().manual_seed(5), 300, 3
+    p, q = (torch.rand(batch, nodes, VOCAB, generator=random) for _ in range(2))
+    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    tokens = torch.randint(VOCAB, (batch, nodes), generator=random)
+    coins, final = torch.rand(batch, nodes, generator=random), torch.rand(batch, generator=random)
+    predicts = torch.full((batch * nodes,), -7, dtype=torch.int32)
+    index = torch.full((batch, nodes), -5, dtype=torch.int32)
+    count = torch.zeros(batch, dtype=torch.int32)
+    outputs = predicts, index, count, tokens, torch.arange(batch * nodes).view(batch, nodes)
+    if kind == "tree":
+        links = (torch.tensor([1, 2, -1]).expand(batch, nodes), torch.full((batch, nodes), -1))
+        options: dict[str, Any] = {"proposal": "with_replacement"}
+        sglang.tree_speculative_sampling_target_only(*outputs, *links, coins, final, p, q, **options)
+        wanted_coins = torch.cat([coins, coins[:, :1], final[:, None]], 1)
+    else:
+        sglang.chain_speculative_sampling(*outputs, None, None, coins, final, p, q)
+        wanted_coins = torch.cat([torch.zeros(batch, 1), coins, final[:, None]], 1)
+    wanted = verify(
+        p, q, tokens, torch.tensor([-1, 0, 1]), wanted_coins, proposal="with_replacement", inputs="probabilities"
+    )
+    assert torch.equal(count + 1, wanted.length) and count.bincount().min() > 20
+    kept = torch.arange(nodes) < wanted.length[:, None]
+    assert (index[~kept] == -5).all(), "what lies behind the accepted nodes stays as it is"
+    assert torch.equal(predicts[index[kept].long()].long(), wanted.tokens[kept])
+
+
 def test_sglang_chain_wants_numbers() -> None:
     tensors = sglang_tensors() | {"uniform_samples": None}
     with pytest.raises(ValueError, match="uniform_samples"):
@@ -483,6 +531,23 @@ def test_flashinfer_law(rule: str, numbers: str, p_value: PValue) -> None:
     assert torch.equal(again, tokens) == (numbers != "generator")
 
 
+def test_flashinfer_requests_have_rows_of_their_own() -> None:
+    q, p = probabilities(40, 3, 6, seed=1), probabilities(40, 4, 6, seed=2)
+    ids = torch.randint(6, (40, 3), generator=torch.Generator().manual_seed(3))
+    seeds = torch.arange(40) * 7
+
+    def run(some: slice, offset: int) -> list[list[int]]:
+        options = {"seed": seeds[some], "offset": offset}
+        found: list[list[int]] = flashinfer.chain_speculative_sampling(q[some], ids[some], p[some], **options)[
+            0
+        ].tolist()
+        return found
+
+    whole = run(slice(None), 3)
+    assert [run(slice(b, b + 1), 3)[0] for b in range(40)] == whole
+    assert run(slice(None), 4) != whole, "the offset changes the numbers"
+
+
 def test_flashinfer_seeds_of_two_calls_share_no_request() -> None:
     first, second = (flashinfer._coins(3, 4, None, seed, 0, torch.device("cpu")) for seed in (1, 2))
     assert not (first[:, None] == second).all(-1).any()
@@ -536,6 +601,13 @@ def test_eagle_law(shape: str, rule: str, p_value: PValue) -> None:
     assert p_value(law_of_two(), first_two(torch.tensor(emitted))) > CHANCE
 
 
+def test_eagle_paths_that_have_parted_share_nothing() -> None:
+    """The second path's last token is also the first one's, behind another token."""
+    paths = torch.tensor([[9, 1, 5], [9, 2, 5]])
+    logits = torch.stack([one_hot([2, 0, 0], 10), one_hot([2, 5, 6], 10)])
+    assert [int(x) for x in eagle.evaluate_posterior(logits, paths)] == [1, 2, 6]
+
+
 def test_eagle_nodes_in_any_order() -> None:
     """A tree whose children have lower numbers than their parents says the same."""
     tree_logits = torch.randn(1, 6, 10)
@@ -582,6 +654,21 @@ def test_linked_lists_become_trees(seed: int) -> None:
             found.setdefault(node[parent], []).append(node[place])
     wanted = {int(name[i]): [int(name[j]) for j in own] for i, own in enumerate(children) if own and not stray[i]}
     assert found == wanted
+
+
+@pytest.mark.parametrize("nodes", range(1, 35))
+def test_the_longest_lists_become_trees(nodes: int) -> None:
+    """A chain and a star, whose pointers have to be followed as far as there are nodes; numbers run backwards."""
+    name = torch.tensor([0, *range(nodes - 1, 0, -1)])
+    along = torch.full((1, nodes), -1)
+    along[0, name[:-1]] = name[1:]
+    chain = _trees.linked(along, torch.full((1, nodes), -1))
+    assert chain.node[0].tolist() == name.tolist() and chain.parents[0].tolist() == list(range(-1, nodes - 1))
+    first = torch.full((1, nodes), -1)
+    first[0, 0] = name[1] if nodes > 1 else -1
+    beside = torch.where(torch.arange(nodes) > 0, along, -1)
+    star = _trees.linked(first, beside)
+    assert star.node[0].tolist() == name.tolist() and star.parents[0].tolist() == [-1] + [0] * (nodes - 1)
 
 
 # No copies of what is as large as the vocabulary, and no look at the device's memory.
@@ -635,6 +722,23 @@ def test_verify_gets_the_engines_own_memory(name: str, monkeypatch: pytest.Monke
     function(**arguments)
     own = {x.untyped_storage().data_ptr() for x in arguments.values() if isinstance(x, torch.Tensor)}
     assert seen and all(rows.untyped_storage().data_ptr() in own for rows in seen)
+
+
+@pytest.mark.parametrize("name", list(calls()))
+def test_the_rule_is_the_one_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, function, arguments = calls()[name]
+    asked: list[str] = []
+    original = module.verify
+
+    def watched(*rest: Any, **options: Any) -> Any:
+        asked.append(options["rule"])
+        return original(*rest, **options)
+
+    monkeypatch.setattr(module, "verify", watched)
+    for rule in cases.RULES:
+        option = {"use_block_verification": rule == "traversal"} if name == "vllm-v2" else {"rule": rule}
+        function(**arguments, **option)
+    assert asked == list(cases.RULES)
 
 
 @pytest.mark.parametrize("name", list(calls()))

@@ -19,12 +19,13 @@ from mcsd.adaptive import AdaptiveDrafter
 from mcsd.plots import plot_file
 from mcsd.profile import Ladder, Profile
 from mcsd.trees import check_parents, parents_of
-from mcsd.tune import branching_of, tune
+from mcsd.tune import branching_of, measure, tune
 from mcsd.tune.measure import Contender, record_labels
 from mcsd.tune.search import (
     Costs,
     TreeSearch,
     acceptance_table,
+    depths_of,
     level_widths,
     nested_order,
     renumbered,
@@ -99,6 +100,8 @@ def test_costs_between_and_beyond_the_measured_sizes() -> None:
     assert costs.step((-1, 0, 0)) == pytest.approx(1.5 + 0.1 + 0.5)
     assert costs.step(IRREGULAR) == pytest.approx(2.0 + 0.1 + 0.2 + 0.1 + 0.5)
     assert costs.line() == pytest.approx((0.0, 0.1))
+    rising = Costs({2: 1.0, 4: 2.0}, {1: 0.1}, {2: 0.5})
+    assert rising.step((-1, *[0] * 7)) == pytest.approx(4.0 + 0.1 + 0.5)  # on with the last slope
 
 
 def test_replay_by_hand() -> None:
@@ -107,6 +110,46 @@ def test_replay_by_hand() -> None:
     assert replay([labels], (-1, 0)) == (5, 4)
     # rank 1, its child, the bonus token; nothing; then an unfinished one
     assert replay([labels], (-1, 0, 0, 1, 2)) == (4, 2)
+
+
+def test_all_texts_are_recorded() -> None:
+    target = tiny()
+    prompts = [torch.tensor([prompt(6, seed)]) for seed in range(5)]
+    options: dict[str, Any] = {"width": 2, "tokens": 8, "sampling": SamplingParams()}
+    labels = record_labels(target, perturbed(target, 0.5), prompts, batch=2, **options)
+    assert {name: len(texts) for name, texts in labels.items()} == dict.fromkeys(PROPOSALS, 5)
+
+
+def test_greedy_labels_have_the_rules_own_probabilities() -> None:
+    """Behind one most probable token the drawn child is accepted with min(1, q'(y) / p(y)), q' being q without it."""
+    p = torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64).expand(4000, 3)
+    q = torch.tensor([[0.6, 0.3, 0.1]], dtype=torch.float64).expand(4000, 3)
+    coins = (torch.arange(4000) + 0.5) / 4000
+    for token, accepted in ((1, 1.0), (2, 0.25 / 0.3)):  # q' = 0.75, 0.25
+        ranks = measure._greedy(p, q, torch.full((4000,), token), 2, coins.double())[:, 1]
+        assert float((ranks == 1).double().mean()) == pytest.approx(accepted, abs=1e-3)
+    assert (measure._greedy(p, q, torch.zeros(4000).long(), 2, coins.double())[:, 1] == 0).all()
+
+
+def test_a_draft_level_costs_what_it_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds of a level are those of a tree that has it less those of the root's, which every tree has."""
+
+    def timed(target: Any, drafter: Any, context: Any, *, callback: Any, **_: Any) -> Any:
+        nodes, stats = len(drafter.parents), mcsd.Stats()
+        for _ in range(measure.WARM_UP + 4):
+            deep = max(depths_of(drafter.parents)) > 1
+            for name, spent in (("draft", 2.0 + deep * 0.5 * nodes), ("score", 1.0), ("verify", 0.25)):
+                stats.seconds[name] = stats.seconds.get(name, 0.0) + spent
+            callback(stats)
+        return mcsd.Generation(torch.zeros(1, 1), stats)
+
+    monkeypatch.setattr(measure, "generate", timed)
+    target = tiny()
+    costs = measure.measure_costs(
+        target, perturbed(target), torch.tensor([prompt(6, 0)]), nodes=5, sampling=SamplingParams()
+    )
+    assert costs.draft == pytest.approx({1: 2.0, 2: 0.5 * 5})
+    assert set(costs.target.values()) == {1.0} and set(costs.rest.values()) == {0.25}
 
 
 @pytest.mark.parametrize("proposal", PROPOSALS)
@@ -262,6 +305,27 @@ def chosen(drafter: AdaptiveDrafter, accepted: int, steps: int = 20) -> int:
 def test_the_tree_grows_with_acceptance_and_shrinks_without() -> None:
     drafter = AdaptiveDrafter(few(), LADDER)
     assert chosen(drafter, 0) == 2 < chosen(drafter, 2) == 7
+
+
+def test_what_was_long_ago_counts_for_little() -> None:
+    """A hundred good steps and ten bad ones: by the profile much, by what was seen lately little."""
+    factors = []
+    for decay in (0.8, 1.0):
+        drafter = AdaptiveDrafter(few(), LADDER, decay=decay)
+        chosen(drafter, 2, steps=100)
+        for _ in range(10):
+            drafter._learn(0, 0)
+        factors.append(drafter.factor(0))
+    assert factors[0] < 1 < factors[1]
+
+
+def test_no_depth_is_likelier_than_the_one_above() -> None:
+    """However much more than the profile says was accepted, a chain of three is worth at most its depth."""
+    chain = Ladder((-1, 0, 1, 2), (1.0, 0.5, 0.3, 0.2), (2, 3, 4), (1.0, 1.6, 2.2))
+    drafter = AdaptiveDrafter(few(), chain)
+    drafter._accepted, drafter._expected = [1e6], [1.0]
+    # 2, 3 and 4 tokens a step at best: 2, 1.88 and 1.82 a second
+    assert drafter.ladder.sizes[drafter._best(0)] == 2
 
 
 @pytest.mark.parametrize("proposal", ["without_replacement", "with_replacement", "point"])

@@ -87,6 +87,12 @@ def work(rank: int, folder: str) -> None:
     if rank == 3:
         broken[1] = torch.nan
     assert verify(broken, mine[1], *rest, group=everyone).status.tolist() == [0, Status.NAN_ROW]
+    # of logits, +inf is no number either, whoever has it; -inf is a token without mass
+    for value, bits in ((torch.inf, [0, Status.NAN_ROW]), (-torch.inf, [0, 0])):
+        infinite = mine[0].clone()
+        if rank == 1:
+            infinite[1, :, 5] = value
+        assert verify(infinite, mine[1], *rest, group=everyone).status.tolist() == bits
     dist.destroy_process_group()
     Path(folder, f"done-{rank}").touch()
 
