@@ -346,12 +346,13 @@ def test_lookup_names_mistakes(options: dict[str, int]) -> None:
         NgramDrafter(**options)
 
 
-def test_many_places_of_one_ngram_stay_fast() -> None:
+def test_of_many_places_of_one_ngram_few_are_looked_at() -> None:
     drafter = NgramDrafter()
     state = state_of([[5] * 20_000], capacity=30_000)
     drafter.begin(state)
     proposal = drafter.propose(state)
     assert proposal.tokens[0, : 1 + drafter.depth].tolist() == [5] * (1 + drafter.depth)
+    assert len(drafter._places(0, state.sequences[0])) <= 4 * drafter.continuations * drafter.longest
 
 
 # Drafters of one's own

@@ -126,6 +126,17 @@ def test_greedy_is_transformers_greedy(name: str, kind: str) -> None:
             assert found.stats.tokens_per_call > 3.0 and found.stats.acceptance_by_depth[0] == 1.0
 
 
+@pytest.mark.parametrize(("name", "size"), [("gpt2", "n_positions"), ("llama", "max_position_embeddings")])
+def test_trees_may_reach_past_the_last_position(name: str, size: str) -> None:
+    """The text ends where the model does; what the last trees propose beyond has no position to be embedded at."""
+    model = tiny(name, **{size: 24})
+    ids, mask = pad([prompt(10, 1), prompt(4, 2)])
+    found = mcsd.generate(
+        model, perturbed(model), ids, mask, max_new_tokens=14, temperature=0.0, branching=(2, 2, 2, 2)
+    )
+    assert torch.equal(found.sequences, greedy(model, ids, mask, 14))
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_with_logits_processors(name: str) -> None:
     model = tiny(name)

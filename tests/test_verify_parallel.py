@@ -93,6 +93,8 @@ def work(rank: int, folder: str) -> None:
         if rank == 1:
             infinite[1, :, 5] = value
         assert verify(infinite, mine[1], *rest, group=everyone).status.tolist() == bits
+        root = infinite[:, :1], mine[1][:, :1], tokens[:, :1], parents[:1], rest[2][:, :3].contiguous()
+        assert verify(*root, group=everyone).status.tolist() == bits
     dist.destroy_process_group()
     Path(folder, f"done-{rank}").touch()
 
