@@ -82,6 +82,10 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     """Import torch and transformers only when something is asked for: `mcsd --help` needs neither."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("mcsd")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_MODULES[name]}", __name__), name)

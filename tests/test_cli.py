@@ -106,6 +106,10 @@ def test_options_name_what_the_library_has() -> None:
     assert settings.DEFAULT_DRAFT == models.DEFAULT_DRAFT
 
 
+def test_the_version_is_that_of_the_changelog() -> None:
+    assert f"## [{mcsd.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
 def test_defaults_are_the_library_s() -> None:
     defaults = {name: p.default for name, p in python_inspect.signature(mcsd.generate).parameters.items()}
     ours = Settings()
