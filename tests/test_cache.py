@@ -147,19 +147,27 @@ def test_room_grows_with_the_text_and_keeps_what_is_there() -> None:
     assert len(set(rooms)) < 18, "it grows by a share of itself, not at every step"
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss"])
-def test_windowed_layers_drop_what_is_behind_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mcsd.cache.BLOCK", 8)
-    monkeypatch.setattr("mcsd.cache.REREAD", 1)
-    monkeypatch.setattr("mcsd.scoring.PREFILL_CHUNK", 16)
-    caches = []
+@pytest.fixture
+def caches(monkeypatch: pytest.MonkeyPatch) -> list[TreeCache]:
+    """Those that generations make."""
+    found: list[TreeCache] = []
     made = Scorer.__init__
 
     def remembers(self: Scorer, *arguments: Any, **options: Any) -> None:
         made(self, *arguments, **options)
-        caches.append(self.cache)
+        found.append(self.cache)
 
     monkeypatch.setattr(Scorer, "__init__", remembers)
+    return found
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss"])
+def test_windowed_layers_drop_what_is_behind_them(
+    name: str, caches: list[TreeCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mcsd.cache.BLOCK", 8)
+    monkeypatch.setattr("mcsd.cache.REREAD", 1)
+    monkeypatch.setattr("mcsd.scoring.PREFILL_CHUNK", 16)
     model = tiny(name)
     ids, mask = pad([prompt(70, 1), prompt(4, 2), prompt(33, 3)])
     found = mcsd.generate(model, perturbed(model), ids, mask, max_new_tokens=30, temperature=0.0)
@@ -171,18 +179,12 @@ def test_windowed_layers_drop_what_is_behind_them(name: str, monkeypatch: pytest
         assert all(store.skipped == [0, 0, 0] and store.room >= 100 for store in full)
 
 
-def test_a_cache_that_is_used_again_begins_at_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_is_used_again_begins_at_its_start(
+    caches: list[TreeCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What windows had left behind of one text is no part of the next one."""
     monkeypatch.setattr("mcsd.cache.BLOCK", 8)
     monkeypatch.setattr("mcsd.cache.REREAD", 1)
-    caches = []
-    made = Scorer.__init__
-
-    def remembers(self: Scorer, *arguments: Any, **options: Any) -> None:
-        made(self, *arguments, **options)
-        caches.append(self.cache)
-
-    monkeypatch.setattr(Scorer, "__init__", remembers)
     model = tiny("mistral")
     ids, mask = pad([prompt(50, 1), prompt(33, 3)])
     mcsd.generate(model, "ngram", ids, mask, max_new_tokens=20, temperature=0.0)
