@@ -26,16 +26,17 @@ def main() -> None:
     parser.add_argument("options", nargs="*", help="of `mcsd tune`")
     options = parser.parse_args()
     if options.profile is not None:
-        harness.record("tune", row_of(Profile.load(options.profile)))
-        return
-    if harness.recorded("tune", [{"target": DEFAULT_TARGET, "options": options.options}]):
+        profile = Profile.load(options.profile)
+    elif harness.recorded("tune", [{"target": DEFAULT_TARGET, "options": options.options}]):
         print("there is a row of this code and machine")
         return
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "profile.json"
-        command = [sys.executable, "-m", "mcsd", "tune", "--output", str(output), *options.options]
-        subprocess.run(command, check=True, cwd=harness.ROOT)
-        harness.record("tune", {**row_of(Profile.load(output)), "options": options.options})
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "profile.json"
+            command = [sys.executable, "-m", "mcsd", "tune", "--output", str(output), *options.options]
+            subprocess.run(command, check=True, cwd=harness.ROOT)
+            profile = Profile.load(output)
+    harness.record("tune", {**row_of(profile), "options": options.options})
 
 
 def row_of(profile: Profile) -> harness.Row:
@@ -44,7 +45,6 @@ def row_of(profile: Profile) -> harness.Row:
     return {
         "bench": "tune",
         **{name: profile.settings[name] for name in names},
-        "options": [],
         "chosen": {"parents": profile.parents, "proposal": profile.proposal, "rule": profile.rule},
         "tokens_per_call": profile.tokens_per_call,
         "tokens_per_second": profile.tokens_per_second,

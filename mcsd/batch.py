@@ -246,8 +246,9 @@ class Results:
     def _beside(self, kind: str) -> list[Path]:
         """The files `NAME.KIND-RANK`."""
         assert self.path is not None
-        found = self.path.parent.glob(f"{glob.escape(self.path.name)}.{kind}-[0-9]*")
-        return sorted(file for file in found if file.name.rpartition("-")[2].isdecimal())  # and no "X.part-1.bak"
+        start = f"{self.path.name}.{kind}-"
+        found = self.path.parent.glob(f"{glob.escape(start)}*")
+        return sorted(file for file in found if file.name.removeprefix(start).isdecimal())  # and no "X.part-1.bak"
 
     def _read(self, path: Path) -> dict[str | int, bytes]:
         """Whole lines of a file by the id of their prompt; a file that is not there has none."""

@@ -42,9 +42,8 @@ def _plain(arguments: Iterable[Any]) -> bool:
             if argument.requires_grad or argument.is_meta:
                 return False
         elif kind is list:
-            for entry in argument:
-                if entry is not None and type(entry) is not float and not _plain((entry,)):
-                    return False
+            if not _plain(argument):
+                return False
         elif isinstance(argument, torch.Tensor):
             return False
     return True

@@ -68,15 +68,18 @@ def philox(counter: list[torch.Tensor], key: list[torch.Tensor]) -> torch.Tensor
     Args:
         counter, key: int64 tensors of shapes that broadcast, each holding 32-bit words.
     """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
+    return torch.stack(torch.broadcast_tensors(*philox_rounds(*counter, *key)), -1)
+
+
+def philox_rounds(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Any, Any, Any, Any]:
+    """The four words of `philox`, of int64 tensors or of plain numbers: a few of those are faster than any array."""
     for _ in range(10):
         # a product of 32-bit words may wrap in int64; its two halves are right all the same
         first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c2 = (second >> 32 & _WORD) ^ c1 ^ k0, (first >> 32 & _WORD) ^ c3 ^ k1
         c1, c3 = second & _WORD, first & _WORD
         k0, k1 = k0 + _WEYL[0] & _WORD, k1 + _WEYL[1] & _WORD
-    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), -1)
+    return c0, c1, c2, c3
 
 
 def philox_on_host(counter: Array, key: Array) -> Array:
@@ -100,16 +103,6 @@ def philox_on_host(counter: Array, key: Array) -> Array:
     words = np.empty((4, *even.shape[1:]), np.uint64)
     words[0::2], words[1::2] = even, odd
     return words
-
-
-def philox_of_numbers(c0: int, c1: int, c2: int, c3: int, k0: int, k1: int) -> tuple[int, int, int, int]:
-    """`philox` for a single counter: faster than any call of NumPy, above all when it comes between two forwards."""
-    for _ in range(10):
-        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c2 = second >> 32 ^ c1 ^ k0, first >> 32 ^ c3 ^ k1
-        c1, c3 = second & _WORD, first & _WORD
-        k0, k1 = k0 + _WEYL[0] & _WORD, k1 + _WEYL[1] & _WORD
-    return c0, c1, c2, c3
 
 
 # Up to so many counters are faster one by one.
@@ -161,7 +154,7 @@ def _one_by_one(
     found = []
     for seed, c1, c2 in zip(seeds.tolist(), nodes, steps, strict=True):
         rest = c1 & _WORD, c2 & _WORD, stream, seed & _WORD, seed >> 32 & _WORD
-        words = [word for c0 in range(-(-count // 4)) for word in philox_of_numbers(c0, *rest)]
+        words = [word for c0 in range(-(-count // 4)) for word in philox_rounds(c0, *rest)]
         found.append([(word >> 8) * 2.0**-24 for word in words[:count]])
     return torch.tensor(found, dtype=torch.float32)
 

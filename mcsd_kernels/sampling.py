@@ -68,17 +68,16 @@ def pack(
     numbers: list[float] = []
     tensors: list[torch.Tensor | None] = []
     for field, value in zip(RANGES, values, strict=True):
-        if type(value) is float or type(value) is int:
+        if not isinstance(value, torch.Tensor):
             numbers.append(float(value))
             tensors.append(None)
             continue
-        if isinstance(value, torch.Tensor):
-            if value.shape not in ((), (count,)):
-                raise ValueError(f"{name}.{field}: expected shape [{count}], got {list(value.shape)}")
-            if value.dtype == torch.bool or value.is_complex():
-                raise ValueError(f"{name}.{field}: expected a float or integer tensor, got {value.dtype}")
-            if value.device != device:
-                raise ValueError(f"{name}.{field}: expected the device of the logits, {device}, got {value.device}")
-        numbers.append(0.0 if isinstance(value, torch.Tensor) else float(value))
-        tensors.append(value if isinstance(value, torch.Tensor) else None)
+        if value.shape not in ((), (count,)):
+            raise ValueError(f"{name}.{field}: expected shape [{count}], got {list(value.shape)}")
+        if value.dtype == torch.bool or value.is_complex():
+            raise ValueError(f"{name}.{field}: expected a float or integer tensor, got {value.dtype}")
+        if value.device != device:
+            raise ValueError(f"{name}.{field}: expected the device of the logits, {device}, got {value.device}")
+        numbers.append(0.0)
+        tensors.append(value)
     return numbers, tensors

@@ -152,7 +152,9 @@ def test_what_another_process_wrote_until_the_lock_counts(tmp_path: Path, monkey
 
 
 def test_files_of_similar_names_are_left_alone(tmp_path: Path) -> None:
-    others = [tmp_path / f"results.jsonl.{name}" for name in ("part-1.bak", "whole-2024-backup", "part-x1")]
+    others = [
+        tmp_path / f"results.jsonl.{name}" for name in ("part-1.bak", "whole-2024-backup", "whole-2024-7", "part-x1")
+    ]
     for other in others:
         other.write_text("mine")
     with batch.Results(tmp_path / "results.jsonl", PROMPTS, {}) as results:

@@ -66,7 +66,7 @@ def record_labels(
     for first in range(0, len(prompts), batch):
         some = [prompt[0].tolist() for prompt in prompts[first : first + batch]]
         recorder = _LabelRecorder(draft, width, sampling, attention, seed + first)
-        written = generate(
+        _to_the_end(
             target,
             recorder,
             columns(some, target.device),
@@ -77,8 +77,6 @@ def record_labels(
             attention=attention,
             **numbers(sampling),
         )
-        if written.stats.interrupted:
-            raise KeyboardInterrupt
         for proposal, texts in recorder.labels.items():
             labels.setdefault(proposal, []).extend(np.array(text, np.int8).T for text in texts.values())
         if progress is not None:
@@ -212,7 +210,7 @@ def measure_costs(
                     steps.append({name: s - before.get(name, 0.0) for name, s in stats.seconds.items()})  # noqa: B023
                 before = dict(stats.seconds)
 
-            timed = generate(
+            _to_the_end(
                 target,
                 tree_drafter(draft, shape, proposal, attention),
                 context,
@@ -223,8 +221,6 @@ def measure_costs(
                 eos_token_id=[],
                 **numbers(sampling),
             )
-            if timed.stats.interrupted:
-                raise KeyboardInterrupt
 
     def median(shape: tuple[int, ...], *names: str) -> float:
         return statistics.median(sum(step.get(name, 0.0) for name in names) for step in phases[shape])
@@ -299,6 +295,14 @@ class Contender:
         return float(np.sqrt((n - 1) / n * ((left - left.mean()) ** 2).sum()))
 
 
+def _to_the_end(*arguments: Any, **options: Any) -> Stats:
+    """`mcsd.generate`, but nothing is measured of a text that Ctrl-C has cut short."""
+    stats = generate(*arguments, **options).stats
+    if stats.interrupted:
+        raise KeyboardInterrupt
+    return stats
+
+
 def race(
     target: PreTrainedModel,
     draft: Any,
@@ -332,7 +336,7 @@ def race(
             emitted = calls = _plain(target, prompt, count, sampling, number)
         else:
             drafter = tree_drafter(draft, contender.parents, contender.proposal, attention)
-            stats = generate(
+            stats = _to_the_end(
                 target,
                 drafter,
                 prompt,
@@ -342,9 +346,7 @@ def race(
                 attention=attention,
                 eos_token_id=[],  # as many tokens for everyone
                 **numbers(sampling),
-            ).stats
-            if stats.interrupted:
-                raise KeyboardInterrupt
+            )
             emitted, calls = stats.tokens, stats.target_calls
         _wait(target.device)
         return emitted, calls, time.perf_counter() - start
