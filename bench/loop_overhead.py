@@ -15,6 +15,7 @@ import torch
 import mcsd
 from mcsd.draft_model import load_draft
 from mcsd.models import DEFAULT_TARGET, load_target
+from mcsd.stats import Stats
 
 DRAFT = "smollm2-draft"  # a model, whose forwards can be told from the rest
 PROMPT = "Explain in three sentences why the sky is blue."
@@ -65,19 +66,28 @@ def main() -> None:
             if harness.recorded("loop_overhead", [about]):
                 print(f"{branching}, {temperature}: there is a row of this code and machine")
                 continue
-            mcsd.generate(target, draft, **inputs, max_new_tokens=8, **options)
-            clock = ForwardClock(target, draft)
-            start = time.process_time()
-            stats = mcsd.generate(target, draft, **inputs, max_new_tokens=tokens, **options).stats
-            total = time.process_time() - start
-            clock.close()
-            outside = (total - clock.seconds) / stats.target_calls * 1e3
+
+            def measure(count: int) -> tuple[float, float, Stats]:
+                clock = ForwardClock(target, draft)
+                start = time.process_time()
+                stats = mcsd.generate(target, draft, **inputs, max_new_tokens=count, **options).stats  # noqa: B023
+                total = time.process_time() - start
+                clock.close()
+                return (total - clock.seconds) * 1e3, clock.seconds * 1e3, stats
+
+            measure(8)
+            first = min(measure(1)[0] for _ in range(3))  # one cycle, and what is done once a generation
+            outside, inside, stats = measure(tokens)
+            further = (outside - first) / (stats.target_calls - 1)
             phases = {name: round(s / stats.target_calls * 1e3, 3) for name, s in stats.seconds.items()}
             harness.record(
                 "loop_overhead",
                 {
                     **about,
-                    "milliseconds_outside_forwards_per_cycle": round(outside, 3),
+                    "milliseconds_outside_forwards_per_cycle": round(outside / stats.target_calls, 3),
+                    "milliseconds_of_the_first_cycle": round(first, 3),
+                    "milliseconds_of_a_further_cycle": round(further, 3),
+                    "milliseconds_in_forwards_per_cycle": round(inside / stats.target_calls, 1),
                     "cycles": stats.target_calls,
                     "wall_milliseconds_per_cycle_by_phase": phases,
                     "wanted": "< 2 for one level",

@@ -241,17 +241,27 @@ def loop_overhead(rows: list[Row]) -> Table | None:
     rows = newest(whole, "draft", "dtype", "branching", "temperature")
     if not rows:
         return None
+
+    def milliseconds(row: Row, name: str) -> str:
+        value = row.get(f"milliseconds_{name}")
+        return "–" if value is None else f"{value:.1f} ms"
+
     body = [
         [
             tree(row["branching"]),
             f"{row['temperature']:g}",
-            f"{row['milliseconds_outside_forwards_per_cycle']:.1f} ms",
+            milliseconds(row, "outside_forwards_per_cycle"),
+            milliseconds(row, "of_the_first_cycle"),
+            milliseconds(row, "of_a_further_cycle"),
+            milliseconds(row, "in_forwards_per_cycle"),
             str(row["cycles"]),
         ]
         for row in rows
     ]
     pairs = " and ".join(dict.fromkeys(f"{row['target']} with {row['draft']} in {row['dtype']}" for row in rows))
-    return Table(["tree", "T", "outside the forwards, a cycle", "cycles"], body, rows, f"CPU time; {pairs}.")
+    head = ["tree", "T", "outside the forwards, a cycle", "the first one", "a further one", "in forwards", "cycles"]
+    note = f"CPU time; the first cycle includes what is done once a generation. {pairs}."
+    return Table(head, body, rows, note)
 
 
 def shapes(rows: list[Row]) -> Table | None:

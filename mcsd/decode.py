@@ -314,8 +314,23 @@ def _check_proposal(tree: Proposal, state: State, proposal: str) -> None:
 
 
 def _coins(state: State, tree: Proposal) -> torch.Tensor:
-    """`[batch, nodes + 2]` fresh uniforms; a node's number, and the final draw's, do not depend on the tree's size."""
-    return draw_uniforms(state.seeds, state.step, tree.tokens.shape[1] + 2).roll(-2, 1)
+    """`[batch, nodes + 2]` fresh uniforms; a node's number, and the final draw's, do not depend on the tree's size.
+
+    They depend on seeds and step alone, so those of many steps are drawn together.
+    """
+    batch, count = len(state.seeds), tree.tokens.shape[1] + 2
+    if torch.compiler.is_compiling():
+        return draw_uniforms(state.seeds, state.step, count).roll(-2, 1)
+    first, drawn = state.coins.get(count, (0, None))
+    if drawn is None or not first <= state.step < first + len(drawn):
+        ahead = max(_DRAWN_AHEAD // (batch * count), 1)
+        steps = torch.arange(state.step, state.step + ahead, device=state.device).repeat_interleave(batch)
+        drawn = draw_uniforms(state.seeds.repeat(ahead), steps, count).roll(-2, 1).view(ahead, batch, count)
+        first, _ = state.coins[count] = state.step, drawn
+    return drawn[state.step - first]
+
+
+_DRAWN_AHEAD = 1 << 9  # numbers
 
 
 def _process(processors: LogitsProcessorList, output: _Output, logits: torch.Tensor, tree: Proposal) -> torch.Tensor:
@@ -401,14 +416,12 @@ class _Output:
 
     def advance(self, state: State, verified: Verified, tree: Proposal, stats: Stats) -> int:
         """Append what was verified, token by token up to each request's end; returns how many tokens came."""
-        last = verified.path.gather(1, verified.length[:, None].long() - 1)
+        last = verified.path.amax(1, keepdim=True)  # numbers ascend on every way down a tree
         offered = ((tree.parents == last) & (tree.tokens >= 0)).any(1)
-        # the step's only copy to the host
-        small = torch.stack([verified.length, verified.status, offered.int()], 1)
-        parts = [small, verified.tokens]
+        parts = [verified.length[:, None], verified.status[:, None], offered[:, None], verified.tokens]
         if tree.origin is not None:
             parts += _origins(tree, verified.path)
-        packed = torch.cat(parts, 1).tolist()
+        packed = torch.cat(parts, 1).tolist()  # the step's only copy to the host
         width = verified.tokens.shape[1]
         stats.target_calls += 1
         came = 0

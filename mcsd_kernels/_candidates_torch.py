@@ -12,7 +12,7 @@ import torch
 from . import _rows_torch as rows_torch
 from ._rows_torch import Array, Sampling, host, pick
 from ._rules import MISSING
-from .random import CANDIDATE_STREAM, uniforms
+from .random import CANDIDATE_STREAM, uniform_lists
 from .types import DRAW_BLOCK
 
 
@@ -30,13 +30,13 @@ def draw_candidates(
     """The operator behind `mcsd_kernels.draw_candidates`; arguments as there, already checked."""
     rows, vocab = draft_logits.shape
     sampling = Sampling.on_host(numbers, tensors, rows)
-    sound = np.broadcast_to(~np.asarray(sampling.out_of_range(), dtype=bool), (rows,))
-    tokens = np.full((rows, k), MISSING, np.int64)
+    wrong = sampling.out_of_range()
+    todo = list(range(rows)) if wrong is False else np.flatnonzero(~np.asarray(wrong)).tolist()
+    tokens = [[MISSING] * k] * rows
     draws = {"point": 0, "greedy": 1}.get(proposal, k)
     at = step if step_tensor is None else step_tensor
-    coins_drawn = uniforms(seeds, 0 if nodes is None else nodes, at, CANDIDATE_STREAM, 2 * draws)
-    coins = host(coins_drawn).reshape(rows, draws, 2).tolist()
-    todo = np.flatnonzero(sound).tolist()
+    numbers_drawn = uniform_lists(seeds, 0 if nodes is None else nodes, at, CANDIDATE_STREAM, 2 * draws)
+    coins = [list(zip(row[0::2], row[1::2], strict=True)) for row in numbers_drawn]
     size = rows_torch.chunk_rows(vocab)
     if size == 1:
         room = rows_torch.buffers(1, vocab, draft_logits.device)
@@ -46,30 +46,32 @@ def draw_candidates(
     else:
         for start in range(0, len(todo), size):
             some = todo[start : start + size]
-            masses, blocks = _laws(rows_torch.take(draft_logits, np.array(some)), sampling.take(some))
-            for row, sums, inside in zip(some, masses, blocks, strict=True):
-                tokens[row] = _draw(draft_logits[row], sums, inside, k, coins[row], proposal)
-    return torch.from_numpy(tokens).to(draft_logits.device)
+            laws = _laws(rows_torch.take(draft_logits, np.array(some)), sampling.take(some))
+            for row, masses, blocks in zip(some, *laws, strict=True):
+                tokens[row] = _draw(draft_logits[row], masses, blocks, k, coins[row], proposal)
+    return torch.tensor(tokens, dtype=torch.int64, device=draft_logits.device).view(rows, k)
 
 
-def _law_alone(logits: torch.Tensor, row: int, sampling: Sampling, room: rows_torch.Buffers) -> tuple[Array, Array]:
+def _law_alone(
+    logits: torch.Tensor, row: int, sampling: Sampling, room: rows_torch.Buffers
+) -> tuple[list[float], Array]:
     """One row's law on the host: the masses of its blocks, and the blocks."""
     if sampling.plain is None or rows_torch.plain_law(logits[row], sampling.plain, room.first_weights):
         rows_torch.law(logits[row : row + 1], sampling, room.first_weights.row[None], None)
     return room.sum_blocks(), host(room.first_blocks)
 
 
-def _laws(logits: torch.Tensor, sampling: Sampling) -> tuple[Array, Array]:
+def _laws(logits: torch.Tensor, sampling: Sampling) -> tuple[list[list[float]], Array]:
     """The same for several rows."""
     rows, vocab = logits.shape
     room = rows_torch.buffers(rows, vocab, logits.device)
     weights, blocks = room.weights[:rows], room.blocks[:rows]
     rows_torch.law(logits, sampling, weights[:, :vocab], None)
-    return host(blocks.sum(-1)), host(blocks)
+    return blocks.sum(-1).tolist(), host(blocks)
 
 
 def _draw(
-    logits: torch.Tensor, masses: Array, blocks: Array, k: int, coins: list[list[float]], proposal: str
+    logits: torch.Tensor, masses: list[float], blocks: Array, k: int, coins: list[tuple[float, float]], proposal: str
 ) -> list[int]:
     """The k candidates of a row; its law is written."""
     found = _most_probable(logits, blocks, k - len(coins)) if k > len(coins) else []
@@ -81,11 +83,11 @@ def _draw(
     return found
 
 
-def _draws(masses: Array, blocks: Array, coins: list[list[float]], struck_out: bool) -> list[int]:
+def _draws(masses: list[float], blocks: Array, coins: list[tuple[float, float]], struck_out: bool) -> list[int]:
     """Tokens by inverse CDF; without replacement a drawn token's weight is gone afterwards.
 
     Args:
-        masses: `[blocks]` f32, the sums of the blocks; written if `struck_out`, as are these.
+        masses: the sums of the blocks; written if `struck_out`, as are these.
         blocks: `[blocks, DRAW_BLOCK]` f32 weights.
         coins: a pair of uniform numbers for each draw.
         struck_out: draw without replacement.
@@ -99,11 +101,11 @@ def _draws(masses: Array, blocks: Array, coins: list[list[float]], struck_out: b
     return found
 
 
-def _strike_out(token: int, masses: Array, blocks: Array) -> None:
+def _strike_out(token: int, masses: list[float], blocks: Array) -> None:
     """Take a token's weight away; its block is summed afresh, so that nothing is left of one used up."""
     block = token // DRAW_BLOCK
     blocks[block, token % DRAW_BLOCK] = 0.0
-    masses[block] = blocks[block].sum()
+    masses[block] = float(blocks[block].sum())
 
 
 def _most_probable(logits: torch.Tensor, blocks: Array, count: int) -> list[int]:

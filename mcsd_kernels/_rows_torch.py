@@ -7,6 +7,9 @@ numbers, which live in NumPy on the host. A chunk holds so few rows that its buf
 from __future__ import annotations
 
 import threading
+import weakref
+from bisect import bisect_left, bisect_right
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -33,17 +36,26 @@ class Sampling:
         temperature, top_k, top_p, min_p: `[count]`.
         plain: 1 / temperature if that is one number and no request filters, else None: the common case, which needs
             none of the arrays.
+        greedy: the temperature is 0 for all.
     """
 
-    def __init__(self, temperature: Array, top_k: Array, top_p: Array, min_p: Array, plain: float | None) -> None:
+    def __init__(
+        self,
+        temperature: Array,
+        top_k: Array,
+        top_p: Array,
+        min_p: Array,
+        plain: float | None = None,
+        greedy: bool = False,
+    ) -> None:
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
-        self.plain = plain
+        self.plain, self.greedy = plain, greedy
 
     def take(self, index: list[int]) -> Sampling:
         """The parameters of some requests."""
         if self.plain is not None:
             return self
-        return Sampling(self.temperature[index], self.top_k[index], self.top_p[index], self.min_p[index], None)
+        return Sampling(self.temperature[index], self.top_k[index], self.top_p[index], self.min_p[index])
 
     @staticmethod
     def on_host(numbers: list[float], tensors: list[torch.Tensor | None], count: int) -> Sampling:
@@ -55,14 +67,14 @@ class Sampling:
             np.broadcast_to(np.float64(number) if tensor is None else host(tensor.double()), (count,))
             for number, tensor in zip(numbers, tensors, strict=True)
         )
-        return Sampling(t, k, p, m, None)
+        return Sampling(t, k, p, m, greedy=temperature == 0 and tensors[0] is None)
 
     def on_arrays(self, index: list[int]) -> Sampling:
         """`take`, with its arrays even where one number says it all."""
         if self.plain is None:
             return self.take(index)
         one = np.ones(len(index))
-        return Sampling(one / self.plain, 0 * one, one, 0 * one, None)
+        return Sampling(one / self.plain, 0 * one, one, 0 * one)
 
     def out_of_range(self) -> Array | bool:
         """`[count]` bool: requests with a parameter outside its range, NaN included."""
@@ -101,28 +113,44 @@ def draw_blocks(weights: torch.Tensor) -> torch.Tensor:
 
 
 class Law:
-    """One row of probabilities, where it lies.
+    """One row of probabilities times a number, where it lies.
 
     Args:
         row: `[vocab]` f32.
+        total: what it sums up to.
     """
 
-    def __init__(self, row: torch.Tensor) -> None:
-        self.row = row
+    def __init__(self, row: torch.Tensor, total: float = 1.0) -> None:
+        self.row, self.total = row, total
         # the same memory for NumPy, whose single entries are quicker to read
         self._numbers = host(row) if row.is_cpu else None
 
     def at(self, tokens: list[int]) -> list[float]:
         """The probabilities of some tokens, on the host; a token below 0 has none."""
+        total = self.total
         if self._numbers is None:
-            return read(self.row[None], [0], [tokens])[0]
+            return [x / total for x in read(self.row[None], [0], [tokens])[0]]
         entry = self._numbers.item
-        return [entry(x) if x >= 0 else 0.0 for x in tokens]
+        return [entry(x) / total if x >= 0 else 0.0 for x in tokens]
 
-    def is_broken(self) -> bool:
-        """Whether softmax has turned the row into NaN."""
-        first = self.at([0])[0] if self._numbers is None else self._numbers.item(0)
-        return first != first
+
+class Columns(Law):
+    """A law over some of the vocabulary's tokens; no other token has any probability.
+
+    Args:
+        row: `[columns]` f32.
+        ids: `[columns]` int64, each column's token, ascending.
+    """
+
+    def __init__(self, row: torch.Tensor, ids: torch.Tensor) -> None:
+        super().__init__(row)
+        self.ids, self._known = ids, host(ids)
+
+    def at(self, tokens: list[int]) -> list[float]:
+        """As for any law; `tokens` are the vocabulary's."""
+        known, count = self._known, len(self._known)
+        columns = [bisect_left(known, x) for x in tokens]
+        return super().at([i if i < count and known.item(i) == x else -1 for i, x in zip(columns, tokens, strict=True)])
 
 
 class Buffers:
@@ -144,15 +172,15 @@ class Buffers:
         # the same memory for NumPy; from another device, a draw fetches the one block it needs
         self.on_host = (self.first_masses.numpy(), self.first_blocks.numpy()) if device.type == "cpu" else None
 
-    def sum_blocks(self) -> Array:
-        """`[blocks]` on the host: the masses of the first row's blocks."""
+    def sum_blocks(self) -> list[float]:
+        """The masses of the first row's blocks."""
         torch.sum(self.first_blocks, -1, out=self.first_masses)
-        return self.on_host[0] if self.on_host else host(self.first_masses)
+        masses: list[float] = (self.on_host[0] if self.on_host else self.first_masses).tolist()
+        return masses
 
-    def draw(self, u_block: float, u_place: float) -> int | None:
-        """One token from the first row's weights and masses; None where there is no mass."""
-        masses, blocks = self.on_host or (host(self.first_masses), self.first_blocks)
-        return pick(masses, blocks, u_block, u_place)
+    def draw(self, masses: list[float], u_block: float, u_place: float) -> int | None:
+        """One token from the first row's weights, whose blocks have these masses; None where there is no mass."""
+        return pick(masses, self.on_host[1] if self.on_host else self.first_blocks, u_block, u_place)
 
 
 # A loop comes back with the target's vocabulary and the draft's in turn.
@@ -209,20 +237,54 @@ def law(logits: torch.Tensor, sampling: Sampling, buffer: torch.Tensor, slots: l
 
 
 def plain_law(logits: torch.Tensor, scale: float, out: Law) -> Status | None:
-    """`law` of a single row without filters: softmax(logits * scale).
+    """`law` of a single row without filters: softmax(logits * scale), which need not be normalised.
 
     Args:
         logits: `[vocab]` f16, bf16 or f32; not written.
         scale: 1 / temperature.
+        out: where the law goes, and its total.
+
+    Returns:
+        what is wrong with the row, or None.
+    """
+    row = out.row
+    source = logits if logits.dtype == torch.float32 else row.copy_(logits)
+    if scale != 1.0:
+        source = torch.mul(source, scale, out=row)
+    # two passes instead of softmax's four: the total says whether the largest logit had to be known first
+    out.total = float(torch.exp(source, out=row).sum())
+    if _LEAST_TOTAL < out.total < _LARGEST:
+        return None
+    out.total = 1.0
+    source = torch.mul(logits.float(), scale, out=row)
+    torch.softmax(source, 0, out=row)
+    broken = bool(row[0].isnan())
+    return Status(int(_diagnose(logits[None], np.zeros(1, np.int64))[0])) if broken else None
+
+
+def greedy_law(logits: torch.Tensor, out: Law) -> Status | None:
+    """`law` of a single row on the CPU at temperature 0: one-hot at the argmax, the lowest index among equals.
+
+    Args:
+        logits: `[vocab]` f16, bf16 or f32; not written.
         out: where the law goes.
 
     Returns:
         what is wrong with the row, or None.
     """
-    if scale != 1.0:
-        logits = torch.mul(logits.float(), scale, out=out.row)
-    torch.softmax(logits, 0, torch.float32, out=out.row)
-    return Status(int(_diagnose(logits[None], np.zeros(1, np.int64))[0])) if out.is_broken() else None
+    values = host(logits.float())
+    best = int(values.argmax())  # NaN wins
+    top = float(values[best])
+    if not -_INFINITY < top < _INFINITY:
+        return Status.EMPTY_ROW if top == -_INFINITY else Status.NAN_ROW
+    out.total = 1.0
+    out.row.zero_()[best] = 1.0
+    return None
+
+
+_INFINITY = float("inf")
+_LEAST_TOTAL = 1e-6  # what a float32 exponential loses is nothing beside that
+_LARGEST = 3e38  # float32
 
 
 def masked(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
@@ -244,6 +306,25 @@ def scatter(laws: torch.Tensor, ids: torch.Tensor, buffer: torch.Tensor, slots: 
     else:
         rows = buffer.new_zeros(len(laws), buffer.shape[1]).index_add_(1, ids, laws)
         buffer.index_copy_(0, torch.tensor(slots, device=buffer.device), rows)
+
+
+# a tensor of ids, its version, and `span` of it: the same ids come again and again
+_last_span: tuple[Any, int, tuple[int, int, bool]] = (lambda: None, 0, (0, 0, False))
+
+
+def span(ids: torch.Tensor) -> tuple[int, int, bool]:
+    """The lowest of some ids `[columns]`, the highest, and whether each is larger than the one before."""
+    global _last_span
+    which, version, found = _last_span
+    if which() is ids and ids._version == version:
+        return found
+    found = (0, 0, True)
+    if len(ids):
+        low, high = ids.aminmax()
+        found = int(low), int(high), bool((ids[1:] > ids[:-1]).all())
+    if not ids.is_inference():  # such tensors have no version
+        _last_span = weakref.ref(ids), ids._version, found
+    return found
 
 
 def _broken(laws: torch.Tensor, logits: torch.Tensor) -> list[Status] | None:
@@ -369,22 +450,35 @@ def read(buffer: torch.Tensor, slots: list[int], tokens: list[list[int]]) -> lis
     return [[next(found) for _ in some] for some in tokens]
 
 
-def fill(p: torch.Tensor, q: torch.Tensor, want: Mass | Draw, weights: torch.Tensor) -> None:
+def fill(p: Law, q: Law, want: Mass | Draw, weights: torch.Tensor) -> float:
     """Write (p - beta / w q)_+, or q where w is 0, into the weights, with zeros at the tokens to leave out.
 
     Args:
-        p, q, weights: `[vocab]` f32.
+        p, q: `p` over the whole vocabulary.
         want: w, beta and the tokens to leave out.
+        weights: `[vocab]` f32.
+
+    Returns:
+        the number that the weights are to be divided by.
     """
     w, beta, without = want
+    total = p.total if w != 0.0 else q.total
     if w == 0.0:
-        weights.copy_(q)
+        if isinstance(q, Columns):
+            weights.zero_().index_copy_(0, q.ids, q.row)
+        else:
+            weights.copy_(q.row)
     elif beta == 0.0:
-        weights.copy_(p)
+        weights.copy_(p.row)
     else:
-        torch.relu_(torch.sub(p, q, alpha=beta / w, out=weights))
+        share = min(beta / w * (total / q.total), _LARGEST)
+        if isinstance(q, Columns):
+            weights.copy_(p.row).index_add_(0, q.ids, q.row, alpha=-share).relu_()
+        else:
+            torch.relu_(torch.sub(p.row, q.row, alpha=share, out=weights))
     for token in without:
         weights[token] = 0.0
+    return total
 
 
 def fill_rows(
@@ -431,8 +525,8 @@ def draw(weights: torch.Tensor, masses: Array, u_block: list[float], u_place: li
     """
     blocks = draw_blocks(weights)
     if weights.is_cpu:
-        return list(map(pick, masses, blocks.numpy(), u_block, u_place))
-    chosen = [first_above(mass, u) for mass, u in zip(masses, u_block, strict=True)]
+        return list(map(pick, masses.tolist(), blocks.numpy(), u_block, u_place))
+    chosen = [choose_block(mass, u) for mass, u in zip(masses.tolist(), u_block, strict=True)]
     index = torch.tensor(chosen, device=weights.device).clamp(min=0)
     inside = host(blocks[torch.arange(len(chosen), device=weights.device), index])
     places = [first_above(row, v) for row, v in zip(inside, u_place, strict=True)]
@@ -442,7 +536,7 @@ def draw(weights: torch.Tensor, masses: Array, u_block: list[float], u_place: li
     ]
 
 
-def pick(masses: Array, blocks: Array | torch.Tensor, u_block: float, u_place: float) -> int | None:
+def pick(masses: list[float], blocks: Array | torch.Tensor, u_block: float, u_place: float) -> int | None:
     """One token by inverse CDF in two steps: a block of weights, then the place in it; None where there is no mass.
 
     Args:
@@ -450,12 +544,21 @@ def pick(masses: Array, blocks: Array | torch.Tensor, u_block: float, u_place: f
         blocks: `[blocks, DRAW_BLOCK]` weights; of a tensor on another device only the chosen block is fetched.
         u_block, u_place: in [0, 1).
     """
-    block = first_above(masses, u_block)
+    block = choose_block(masses, u_block)
     if block < 0:
         return None
     inside = blocks[block]
     place = first_above(host(inside) if isinstance(inside, torch.Tensor) else inside, u_place)
     return block * DRAW_BLOCK + place if place >= 0 else None  # numbers that are no weights may sum up differently
+
+
+def choose_block(masses: list[float], u: float) -> int:
+    """`first_above` of a few numbers."""
+    above = list(accumulate(masses))
+    if not above[-1] > 0.0:
+        return -1
+    index = bisect_right(above, above[-1] * u)
+    return index if index < len(masses) else max(i for i, mass in enumerate(masses) if mass > 0.0)  # infinite ones
 
 
 def first_above(weights: Array, u: float) -> int:

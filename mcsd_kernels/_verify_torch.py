@@ -41,20 +41,32 @@ class Side:
         ids: torch.Tensor | None = None,
     ) -> None:
         self.values, self.sampling, self.vocab, self.bitmask = values, sampling, vocab, bitmask
-        # 1 / temperature, where that is all there is to do
-        self.plain = sampling.plain if sampling is not None and bitmask is None and ids is None else None
-        self.rows = None if rows is None else host(rows)
-        self._request, self._rows = -1, values
         self.ids: torch.Tensor | None = None
+        ordered = False
         if ids is not None:
-            low, high = (int(end) for end in ids.aminmax()) if ids.numel() else (0, 0)
+            low, high, ascend = rows_torch.span(ids)
             self.known = None if low >= 0 and high < vocab else ids.ge(0) & ids.lt(vocab)
             self.ids = ids if self.known is None else torch.where(self.known, ids, 0)
+            ordered = ascend and self.known is None and ids.is_cpu
+        # 1 / temperature, where that is all there is to do
+        plain = sampling is not None and bitmask is None and (ids is None or ordered)
+        self.plain = sampling.plain if sampling is not None and plain else None
+        self.greedy = sampling is not None and sampling.greedy and bitmask is None and ids is None and values.is_cpu
+        self.rows = None if rows is None else host(rows)
+        self._row_lists = [] if self.rows is None else self.rows.tolist()
+        self._request, self._rows = -1, values
+
+    def outside(self, lowest: int) -> Array | None:
+        """`[batch, nodes]` bool: nodes whose row number is below `lowest` or too large; None if there are none."""
+        if all(min(row) >= lowest and max(row) < len(self.values) for row in self._row_lists):
+            return None
+        assert self.rows is not None
+        return (self.rows < lowest) | (self.rows >= len(self.values))
 
     def row(self, request: int, node: int) -> torch.Tensor:
         """`[columns]`, a view."""
-        if self.rows is not None:
-            return self.values[self.rows.item(request, node)]
+        if self._row_lists:
+            return self.values[self._row_lists[request][node]]
         if request != self._request:  # one view less for every other row of a request
             self._request, self._rows = request, self.values[request]
         return self._rows[node]
@@ -69,13 +81,20 @@ class Side:
         return self.values[torch.from_numpy(self.rows[requests, nodes].astype(np.int64)).to(device)]
 
     def law(self, request: int, node: int, room: rows_torch.Law) -> rows_torch.Law | Status:
-        """The law after a node: in `room`, or where it lies if nothing has to be done to it."""
+        """The law after a node: in `room`, where it lies if nothing has to be done to it, or over the columns alone."""
         if self.plain is not None:
-            status = rows_torch.plain_law(self.row(request, node), self.plain, room)
+            row = self.row(request, node)
+            if self.ids is not None:
+                room = rows_torch.Columns(torch.empty_like(row, dtype=torch.float32), self.ids)
+            status = rows_torch.plain_law(row, self.plain, room)
+            return room if status is None else status
+        if self.greedy:
+            status = rows_torch.greedy_law(self.row(request, node), room)
             return room if status is None else status
         if self.sampling is None and self.ids is None and self.values.dtype == torch.float32:
             return rows_torch.Law(self.row(request, node))
         found = self.load([request], [node], room.row[None], None)
+        room.total = 1.0
         return room if found is None else found[0]
 
     def load(
@@ -141,7 +160,9 @@ class Batch:
         self.max_depth = max_depth
         self.points = None if point_nodes is None else np.broadcast_to(host(point_nodes), tokens.shape)
         self.tokens, self.uniforms = host(tokens), host(uniforms)
+        # as lists: few numbers are looked at sooner one by one
         self.token_lists: list[list[int]] = self.tokens.tolist()
+        self.uniform_lists: list[list[float]] = self.uniforms.tolist()
         self.vocab = target.vocab
         rows = host(parents).tolist()
         rows = [rows] if parents.dim() == 1 else rows
@@ -168,7 +189,7 @@ class Batch:
             return rows is not None and bool(rows[request, node] < 0)
 
         is_point = None if self.points is None else self.points[request].item
-        return rules.Tree(children, self.uniforms[request].tolist(), is_virtual, is_point)
+        return rules.Tree(children, self.uniform_lists[request], is_virtual, is_point)
 
     def faults(self) -> Array | None:
         """`[batch]` int32: the status bits that need no row; None if there are none at all."""
@@ -181,19 +202,16 @@ class Batch:
             found.append((Status.BAD_TOKEN, (wrong & self._in_use())[:, 1:].any(1)))
         if None in self._topologies:
             found.append((Status.BAD_TREE, [self.topology(request) is None for request in range(batch)]))
-        for side, lowest in ((self.target, -1), (self.draft, 0)):
-            if side is not None and side.rows is not None:
-                outside = (side.rows < lowest) | (side.rows >= side.values.shape[0])
-                if side is self.target:
-                    outside = outside & self._in_use()
-                    outside[:, 0] |= side.rows[:, 0] < 0  # the root cannot be virtual
-                else:
-                    outside = outside & self._inner()  # no other row is read
-                found.append((Status.BAD_TREE, outside.any(1)))
-        uniforms = self.uniforms
-        # as unsigned words, the numbers in [0, 1) are the smallest
-        if uniforms.view(np.uint32).max() >= _ONE:
-            found.append((Status.BAD_UNIFORM, ~((uniforms >= 0) & (uniforms < 1)).all(1)))
+        rows = self.target.rows
+        if rows is not None and rows[:, 0].min() < 0:  # the root cannot be virtual
+            found.append((Status.BAD_TREE, rows[:, 0] < 0))
+        if (outside := self.target.outside(-1)) is not None:
+            found.append((Status.BAD_TREE, (outside & self._in_use()).any(1)))
+        if self.draft is not None and (outside := self.draft.outside(0)) is not None:
+            found.append((Status.BAD_TREE, (outside & self._inner()).any(1)))  # no other row is read
+        # a sum is NaN where one of the numbers is
+        if not all(min(row) >= 0.0 and max(row) < 1.0 and sum(row) >= 0.0 for row in self.uniform_lists):
+            found.append((Status.BAD_UNIFORM, ~((self.uniforms >= 0) & (self.uniforms < 1)).all(1)))
         for side in (self.target, self.draft):
             if side is not None and side.sampling is not None:
                 found.append((Status.BAD_SAMPLING, side.sampling.out_of_range()))
@@ -218,9 +236,6 @@ class Batch:
         """`[batch, nodes]` bool: nodes with children."""
         topologies = (self.topology(request) or [[]] * self.tokens.shape[1] for request in range(len(self.tokens)))
         return np.array([[bool(siblings) for siblings in topology] for topology in topologies])
-
-
-_ONE = 0x3F800000  # 1.0
 
 
 class _Outputs:
@@ -303,8 +318,9 @@ class _Alone:
         """Run the rule to its end."""
         send, wants = walk.rule.send, walk.wants
         room = self.room
-        held: Any = None  # what the weights hold
-        masses: Array
+        held: Any = None  # what the weights hold, in units of
+        unit = 1.0
+        masses: list[float]
         answer: Any
         try:
             while True:
@@ -315,16 +331,16 @@ class _Alone:
                 else:
                     if held != wants:
                         if self.p is not room.first_weights:
-                            rows_torch.fill(self.p.row, self.q.row, wants, room.first_weights.row)
+                            unit = rows_torch.fill(self.p, self.q, wants, room.first_weights.row)
                         masses = room.sum_blocks()
                         held = wants
                     if kind is rules.Mass:
-                        answer = mass_of(float(masses.sum()), wants)
-                    elif not self.batch.computed and isinstance(mass_of(float(masses.sum()), wants), Status):
+                        answer = mass_of(sum(masses) / unit, wants)
+                    elif not self.batch.computed and isinstance(mass_of(sum(masses), wants), Status):
                         answer = Status.NAN_ROW
                     else:
                         u = walk.tree.uniforms
-                        answer = room.draw(u[-2], u[-1])
+                        answer = room.draw(masses, u[-2], u[-1])
                 if isinstance(answer, Status):
                     return outputs.end(walk.request, walk.tree.path, PLACEHOLDER, int(answer))
                 wants = send(answer)

@@ -124,7 +124,7 @@ def uniforms(
     """
     rows, blocks = seeds.shape[0], -(-count // 4)
     if seeds.is_cpu and 0 < rows * blocks <= _ONE_BY_ONE:
-        return _one_by_one(seeds, node, step, stream, count)
+        return torch.tensor(_one_by_one(seeds, node, step, stream, count), dtype=torch.float32)
     if seeds.is_cpu:
         counter = np.empty((4, rows, blocks), np.uint64)
         counter[0], counter[3] = np.arange(blocks), stream
@@ -144,10 +144,20 @@ def uniforms(
     return (numbers >> 8).float().mul_(2.0**-24)
 
 
+def uniform_lists(
+    seeds: torch.Tensor, node: int | torch.Tensor, step: int | torch.Tensor, stream: int, count: int
+) -> list[list[float]]:
+    """`uniforms` on the host."""
+    if seeds.is_cpu and seeds.shape[0] * -(-count // 4) <= _ONE_BY_ONE:
+        return _one_by_one(seeds, node, step, stream, count)
+    found: list[list[float]] = uniforms(seeds, node, step, stream, count).tolist()
+    return found
+
+
 def _one_by_one(
     seeds: torch.Tensor, node: int | torch.Tensor, step: int | torch.Tensor, stream: int, count: int
-) -> torch.Tensor:
-    """`uniforms` of a few rows and counters on the host."""
+) -> list[list[float]]:
+    """`uniform_lists` of a few rows and counters."""
     nodes, steps = (
         [word] * len(seeds) if isinstance(word, int) else word.expand(len(seeds)).tolist() for word in (node, step)
     )
@@ -156,7 +166,7 @@ def _one_by_one(
         rest = c1 & _WORD, c2 & _WORD, stream, seed & _WORD, seed >> 32 & _WORD
         words = [word for c0 in range(-(-count // 4)) for word in philox_rounds(c0, *rest)]
         found.append([(word >> 8) * 2.0**-24 for word in words[:count]])
-    return torch.tensor(found, dtype=torch.float32)
+    return found
 
 
 def _draw_uniforms(

@@ -280,10 +280,14 @@ def _split_greedy(q: Law, siblings: list[Candidate]) -> tuple[list[Candidate], l
 
 
 def _draw(weights: Law, tested: list[Candidate], p: Law, coins: Coins) -> int:
-    """The final draw; where rounding left no mass, the last tested candidate that the target allows."""
+    """The final draw; where rounding left no mass, the last tested candidate that the target allows.
+
+    A candidate that cannot have been drawn may leave neither; then the draw is from p.
+    """
     if weights.sum() > 0:
         return coins.draw(weights)
-    return [candidate.token for candidate in tested if p[candidate.token] > 0][-1]
+    allowed = [candidate.token for candidate in tested if p[candidate.token] > 0]
+    return allowed[-1] if allowed else coins.draw(p)
 
 
 def recursive(problem: Problem, coins: Coins) -> Outcome:

@@ -174,14 +174,17 @@ def _tree_attention_mask(parents: torch.Tensor, prefix_lengths: torch.Tensor, to
 def _keep_path(
     key: torch.Tensor, value: torch.Tensor, prefix_lengths: torch.Tensor, path: torch.Tensor, length: torch.Tensor
 ) -> None:
-    width = path.shape[1]
-    step = torch.arange(width, device=key.device)
-    moves = (step < length[:, None]) & (path != step) & (path >= 0)
-    batch, place = moves.nonzero(as_tuple=True)
-    if not batch.numel():
+    moves = [
+        (request, node, place)
+        for request, (nodes, count) in enumerate(zip(path.tolist(), length.tolist(), strict=True))
+        for place, node in enumerate(nodes[: max(count, 0)])
+        if node != place and node >= 0
+    ]
+    if not moves:
         return
+    batch, source, target = torch.tensor(moves, device=key.device).unbind(1)
     prefix = prefix_lengths.long()[batch]
-    source, target = prefix + path[batch, place].long(), prefix + place
+    source, target = prefix + source, prefix + target
     for cache in (key, value):
         rows = cache.transpose(1, 2)
         rows[batch, target] = rows[batch, source]

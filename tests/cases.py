@@ -392,7 +392,7 @@ def extended(rng: np.random.Generator, extras: set[str], **choices: Any) -> Case
         columns = int(rng.integers(1, vocab + 1))
         ids = torch.from_numpy(rng.permutation(vocab + 3)[:columns] - (1 if rng.random() < 0.5 else 0))
         draft = draft[..., :columns]
-        options["draft_ids"] = ids
+        options["draft_ids"] = ids.sort().values if rng.random() < 0.5 else ids
     if "probabilities" in extras or "draft-probabilities" in extras:
         if "probabilities" in extras:
             target = torch.softmax(target.float(), -1).to(target.dtype)

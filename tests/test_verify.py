@@ -14,6 +14,7 @@ import cases
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import PROPOSALS, RULES
 
 from mcsd_kernels import SamplingParams, Status, Verified, draw_candidates, draw_uniforms, reference, verify
@@ -24,6 +25,7 @@ EVERY = [pytest.param(rule, proposal, id=f"{rule}-{proposal}") for rule in RULES
 # ---- the oracle, token for token
 
 CALLS = 330
+MORE_TOKENS = [0, 9000]  # than the few of a test: long rows are taken one at a time
 # A float32 decision may differ from the float64 one where the latter is closer than this to its threshold.
 CLOSE_CALL = 1e-5
 
@@ -66,6 +68,32 @@ def test_equals_the_oracle(rule: str, proposal: str, device: torch.device) -> No
         requests += count
         excused += close
     assert excused < 0.01 * requests
+
+
+@pytest.mark.parametrize(("rule", "proposal"), EVERY)
+def test_equals_the_oracle_on_long_rows(rule: str, proposal: str, device: torch.device) -> None:
+    """Rows that are taken one at a time, with logits near 0 and so far from it that their exponentials are lost."""
+    requests = excused = 0
+    for i in range(40):
+        rng = np.random.default_rng([RULES.index(rule), PROPOSALS.index(proposal), i])
+        case = cases.random_case(
+            rng,
+            rule=rule,
+            proposal=proposal,
+            vocab=int(rng.choice([8192, 8193, 12_345])),
+            nodes=int(rng.integers(2, 9)),
+            batch=int(rng.integers(1, 4)),
+            filters=i % 4 == 0,
+            faults=i % 3 == 0,
+        )
+        target, draft, *rest = case.arguments
+        for rows in (target, draft):
+            if rows is not None:
+                rows += float(rng.choice([0.0, 0.0, 40.0, 82.0, 150.0, -30.0, -98.0, -200.0]))
+        count, close = check(cases.Case((target, draft, *rest), case.options, case.note), device)
+        requests += count
+        excused += close
+    assert excused < 0.02 * requests
 
 
 @pytest.mark.parametrize(("rule", "proposal"), EVERY)
@@ -671,10 +699,14 @@ def test_row_indices_out_of_range(rows: dict[str, list[int]], status: Status, ru
     ],
 )
 @pytest.mark.parametrize("side", ["target_logits", "draft_logits"])
-def test_an_unusable_root(side: str, row: list[float], status: Status, rule: str, device: torch.device) -> None:
-    logits = call()[side]
-    logits[1, 0] = torch.tensor(row)
-    found = agrees(device, rule=rule, **{side: logits})
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("more", MORE_TOKENS, ids=["short-rows", "long-rows"])
+def test_an_unusable_root(
+    more: int, temperature: float, side: str, row: list[float], status: Status, rule: str, device: torch.device
+) -> None:
+    sides = {name: F.pad(call()[name], (0, more), value=-9.0) for name in ("target_logits", "draft_logits")}
+    sides[side][1, 0] = torch.tensor(row + row[-1:] * more)
+    found = agrees(device, rule=rule, sampling=SamplingParams(temperature=temperature), **sides)
     refused(found, 1, status)
     assert found.status[0] == 0
 
@@ -776,11 +808,15 @@ def test_p_equal_to_q_with_extreme_coins(
 
 
 @pytest.mark.parametrize(("rule", "proposal"), EVERY)
-def test_temperature_zero_follows_the_argmax(rule: str, proposal: str, device: torch.device) -> None:
-    target = torch.tensor([[0.0, 2.0, 2.0, 1.0]])  # a tie: token 1 wins
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("more", MORE_TOKENS, ids=["short-rows", "long-rows"])
+def test_temperature_zero_follows_the_argmax(
+    more: int, dtype: torch.dtype, rule: str, proposal: str, device: torch.device
+) -> None:
+    target = torch.tensor([[0.0, 2.0, 2.0, 1.0] + [2.0] * more], dtype=dtype)  # a tie: token 1 wins
     index = torch.zeros(20, 3, dtype=torch.int32)
     found = agrees(
-        device, proposal=proposal, rule=rule, target_logits=target, draft_logits=torch.zeros(1, 4),
+        device, proposal=proposal, rule=rule, target_logits=target, draft_logits=torch.zeros(1, 4 + more),
         tokens=torch.tensor([[0, 2, 1]] * 10 + [[0, 1, 2]] * 10), uniforms=torch.rand(20, 5).clamp_(max=0.999),
         sampling=SamplingParams(temperature=0.0), draft_sampling=SamplingParams(), target_rows=index, draft_rows=index,
     )  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mcsd_kernels import SamplingParams, Status, draw_candidates, draw_uniforms, reference, verify
+from mcsd_kernels import SamplingParams, Status, _rows_torch, draw_candidates, draw_uniforms, reference, verify
 
 
 def differing(case: cases.Case) -> list[int]:
@@ -42,10 +42,50 @@ def test_equals_the_oracle_with_everything_at_once(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", cases.RULES)
-def test_equals_the_oracle_on_long_rows(rule: str) -> None:
-    for seed, extra in enumerate(cases.EXTRAS):
-        rng = np.random.default_rng(seed)
-        assert not differing(cases.extended(rng, {extra}, rule=rule, vocab=9000, batch=2, nodes=5)), extra
+@pytest.mark.parametrize("proposal", cases.PROPOSALS)
+@pytest.mark.parametrize("extra", cases.EXTRAS)
+def test_equals_the_oracle_on_long_rows(extra: str, proposal: str, rule: str) -> None:
+    options: dict[str, Any] = {"rule": rule, "proposal": proposal, "vocab": 9000, "batch": 2, "nodes": 6}
+    for seed in range(4):
+        rng = np.random.default_rng([seed, cases.EXTRAS.index(extra)])
+        assert not differing(cases.extended(rng, {extra}, **options)), seed
+
+
+@pytest.mark.parametrize("rule", cases.RULES)
+@pytest.mark.parametrize("proposal", cases.PROPOSALS)
+@pytest.mark.parametrize("highest", [8192, 8196], ids=["all-tokens", "some-no-token"])
+def test_a_draft_vocabulary_in_order(highest: int, proposal: str, rule: str) -> None:
+    """Ids that ascend, whose law is never written out over the vocabulary, candidates that are no ids included."""
+    rng = np.random.default_rng(0)
+    ids = torch.from_numpy(np.sort(rng.choice(highest, 500, replace=False)))
+    parents = torch.tensor([-1, 0, 0, 0, 1, 1, 4])
+    for seed in range(12):
+        target, draft = (torch.from_numpy(2 * rng.standard_normal((3, 7, n))).float() for n in (8192, 500))
+        target[..., ids[ids < 8192]] += 6
+        tokens = ids[torch.from_numpy(rng.integers(0, 500, (3, 7)))].clamp(max=8191)
+        tokens[torch.from_numpy(rng.random((3, 7)) < 0.1)] = 77
+        case = cases.Case(
+            (target, draft, tokens, parents, draw_uniforms(torch.arange(3), seed, 9)),
+            {"proposal": proposal, "rule": rule, "draft_ids": ids},
+            "",
+        )
+        assert not differing(case), seed
+
+
+def test_ids_that_change_are_looked_at_again() -> None:
+    ids, others = torch.tensor([2, 3, 7]), torch.tensor([4, 1])
+    for _ in range(2):
+        assert _rows_torch.span(ids) == (2, 7, True)
+    ids[0] = 5
+    assert _rows_torch.span(ids) == (3, 7, False)
+    assert _rows_torch.span(others) == (1, 4, False)
+    with torch.inference_mode():
+        made_there = torch.tensor([0, 6])
+        assert _rows_torch.span(made_there) == (0, 6, True)
+        made_there[1] = 0
+        assert _rows_torch.span(made_there) == (0, 0, False)
+    del others
+    assert _rows_torch.span(torch.tensor([9])) == (9, 9, True)
 
 
 def test_probabilities_decide_as_their_logits_do() -> None:

@@ -216,7 +216,7 @@ class FeatureDrafter(LevelDrafter):
                 f"for this drafter, got {state.vocab} and {hidden.shape[2]}"
             )
         super().begin(state)
-        self._draft_ids = self.model.draft_ids
+        self._knows(self.model.draft_ids)
         room = (batch, config.kv_heads, state.capacity + len(self.parents), config.head_dim)
         self._keys = torch.zeros(room, dtype=self.model.fc.weight.dtype, device=state.device)
         self._values = torch.zeros_like(self._keys)

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 
 from mcsd_kernels import SamplingParams, draw_candidates
 
@@ -89,7 +90,7 @@ class Plan:
         tokens: torch.Tensor,
         step: int,
         goes_on: torch.Tensor | None = None,
-        draft_ids: torch.Tensor | None = None,
+        token_of: torch.Tensor | None = None,
     ) -> None:
         """In place: the children of a level's nodes.
 
@@ -99,7 +100,7 @@ class Plan:
             tokens: `[batch, nodes of the tree]` int64, gets the children.
             step: see `draw_candidates`.
             goes_on: `[batch, nodes]` bool, which nodes get children; None: all.
-            draft_ids: `[columns]` int64, the token of each column; None: columns are tokens.
+            token_of: `[columns + 1]` int64, the token of each column, and -1; None: columns are tokens.
         """
         batch, rows, columns = logits.shape
         for draw, (seeds, numbers, sampling) in zip(self.tree.draws[level], self.draws[level], strict=True):
@@ -116,8 +117,8 @@ class Plan:
                 sampling=sampling,
                 nodes=numbers,
             ).view(batch, -1, draw.width)
-            if draft_ids is not None:
-                children = torch.where(children < 0, -1, draft_ids[children])
+            if token_of is not None:
+                children = token_of[children]  # a missing child, -1, finds the -1 at the end
             if goes_on is not None:
                 some_go_on = goes_on if draw.rows is None else goes_on[:, draw.rows]
                 children = children.masked_fill(~some_go_on[..., None], -1)
@@ -160,7 +161,8 @@ class LevelDrafter(Drafter):
         self.parents = parents_of(branching) if parents is None else check_parents(parents)
         self.nodes: int | None = None
         self._contexts = ExitStack()
-        self._draft_ids: torch.Tensor | None = None  # the token of each column of the logits, if they are not tokens
+        self._draft_ids: torch.Tensor | None = None
+        self._token_of: torch.Tensor | None = None
 
     def with_tree(self: _Some, parents: Sequence[int], proposal: str) -> _Some:
         """The same drafter with a tree of any shape, see `parents`; models are shared."""
@@ -192,7 +194,7 @@ class LevelDrafter(Drafter):
             goes_on = None
             if self.stopping is not None:
                 goes_on = going_on(self.stopping, level, logits, hidden, tokens[:, nodes])
-            plan.draw(level, logits, tokens, state.step, goes_on, self._draft_ids)
+            plan.draw(level, logits, tokens, state.step, goes_on, self._token_of)
         proposal = Proposal(tokens, tree.parents, tree.depth, ancestors=tree.node_ancestors, node_depth=tree.node_depth)
         if drawn_from is not None:
             proposal.draft_logits, proposal.draft_rows = drawn_from.flatten(0, 1), plan.draft_rows
@@ -202,7 +204,11 @@ class LevelDrafter(Drafter):
     def end(self) -> None:
         """Give models their own settings back, and the memory free."""
         self._contexts.close()
-        self._plans, self._drawn_from, self._draft_ids = {}, None, None
+        self._plans, self._drawn_from, self._draft_ids, self._token_of = {}, None, None, None
+
+    def _knows(self, ids: torch.Tensor) -> None:
+        """Say which tokens the columns of the logits are, `[columns]` int64, where they are not the target's."""
+        self._draft_ids, self._token_of = ids, F.pad(ids, (0, 1), value=-1)
 
     @abstractmethod
     def _level(self, state: State, level: int, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

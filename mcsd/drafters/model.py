@@ -62,7 +62,7 @@ class ModelDrafter(LevelDrafter):
         self._scorer = scorer_of(self.model, self.attention, state, len(self.parents))
         self._contexts.enter_context(self._scorer.attending())
         if isinstance(self.model, SubVocabulary):
-            self._draft_ids = self.model.sub_vocab
+            self._knows(self.model.sub_vocab)
             self._contexts.enter_context(self.model.reduced())
         prompts = [sequence[:-1] for sequence in state.sequences]
         self._read_up_to = [len(prompt) for prompt in prompts]
