@@ -92,12 +92,12 @@ def _draws(masses: list[float], blocks: Array, coins: list[tuple[float, float]],
         coins: a pair of uniform numbers for each draw.
         struck_out: draw without replacement.
     """
-    found = []
+    found: list[int] = []
     for u_block, u_place in coins:
+        if struck_out and found and found[-1] != MISSING:
+            _strike_out(found[-1], masses, blocks)
         token = pick(masses, blocks, u_block, u_place)
         found.append(MISSING if token is None else token)
-        if struck_out and token is not None:
-            _strike_out(token, masses, blocks)
     return found
 
 
