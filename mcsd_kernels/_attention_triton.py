@@ -49,8 +49,7 @@ class Launch:
 
 
 # (bytes of an entry, head dimension) -> launches by their rows; both keys are upper bounds. Not timed yet: these are
-# large tiles with which no kernel spills registers, but for float32 rows longer than 64 on NVIDIA, whose products take
-# three copies of each operand.
+# large tiles with which no kernel spills registers.
 _LAUNCHES = {
     (2, 64): (
         Launch(16, 128, 4, 3, 3),
@@ -166,9 +165,48 @@ def _load_slots(
 
 
 @triton.jit
-def _scores(query, keys, inner, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+def _scores(
+    query,  # [ROWS, BLOCK_HEAD] where CHUNK is as much; else of no meaning, and each chunk is loaded here
+    query_row,  # [ROWS] pointers to their rows
+    query_stride_dim,
+    real,  # [ROWS] bool
+    base_ptr,  # here and below: see `_load_slots`
+    table_ptr,
+    slots,
+    exists,
+    stride_block,
+    stride_slot,
+    stride_dim,
+    blocks,
+    inner,
+    softcap,
+    DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_HEAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     """`[ROWS, KEYS]` f32: query . key, or softcap * tanh(query . key * inner)."""
-    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
+    if CHUNK == BLOCK_HEAD:
+        column = tl.arange(0, BLOCK_HEAD)
+        keys = _load_slots(
+            base_ptr, table_ptr, slots, exists, column, stride_block, stride_slot, stride_dim, blocks, DIM, PAGE
+        )
+        scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
+    else:
+        scores = tl.zeros([real.shape[0], slots.shape[0]], tl.float32)
+        for part in tl.static_range(BLOCK_HEAD // CHUNK):
+            column = part * CHUNK + tl.arange(0, CHUNK)
+            keys = _load_slots(
+                base_ptr, table_ptr, slots, exists, column, stride_block, stride_slot, stride_dim, blocks, DIM, PAGE
+            )
+            some = tl.load(
+                query_row[:, None] + (column * query_stride_dim)[None, :],
+                mask=real[:, None] & (column < DIM)[None, :],
+                other=0.0,
+            )
+            scores = tl.dot(some, tl.trans(keys), scores, input_precision=PRECISION)
     if SOFTCAP:
         scores = softcap * _tanh(scores * inner)
     return scores
@@ -251,6 +289,7 @@ def _tree_attention_kernel(
     BLOCK_KEYS: tl.constexpr,
     BLOCK_HEAD: tl.constexpr,  # HEAD_DIM and VALUE_DIM, rounded up to a power of 2
     BLOCK_VALUE: tl.constexpr,
+    CHUNK: tl.constexpr,  # columns of a query that are multiplied at a time; all are kept only if that is BLOCK_HEAD
     BLOCK_WORDS: tl.constexpr,  # words, rounded up to a power of 2; of no meaning where not WINDOW
 ):
     """Grid (nodes * GROUP / BLOCK_ROWS, kv_heads * splits, batch): neighbours read the same keys, from the L2 cache."""
@@ -265,11 +304,13 @@ def _tree_attention_kernel(
     query_row = (
         query_ptr + request * query_stride_batch + query_head * query_stride_head + wide_node * query_stride_node
     )
-    query = tl.load(
-        query_row[:, None] + (in_head * query_stride_dim)[None, :],
-        mask=real[:, None] & (in_head < HEAD_DIM)[None, :],
-        other=0.0,
-    )
+    query = query_row
+    if CHUNK == BLOCK_HEAD:
+        query = tl.load(
+            query_row[:, None] + (in_head * query_stride_dim)[None, :],
+            mask=real[:, None] & (in_head < HEAD_DIM)[None, :],
+            other=0.0,
+        )
     bits_row = ancestors_ptr + request * ancestors_stride_batch + wide_node * ancestors_stride_row
     prefix = tl.load(prefix_lengths_ptr + request * prefix_lengths_stride)
     prefix = tl.minimum(tl.maximum(prefix, 0), slots).to(tl.int32)
@@ -309,11 +350,11 @@ def _tree_attention_kernel(
 
     index = tl.arange(0, BLOCK_KEYS)
     for start in range(begin, whole, BLOCK_KEYS):
-        keys = _load_slots(
-            key_base, table_row, start + index, None, in_head,
-            key_stride_batch, key_stride_slot, key_stride_dim, blocks, HEAD_DIM, PAGE,
+        scores = _scores(
+            query, query_row, query_stride_dim, real, key_base, table_row, start + index, None,
+            key_stride_batch, key_stride_slot, key_stride_dim, blocks, inner, softcap,
+            HEAD_DIM, PAGE, SOFTCAP, PRECISION, BLOCK_HEAD, CHUNK,
         )  # fmt: skip
-        scores = _scores(query, keys, inner, softcap, SOFTCAP, PRECISION)
         if WINDOW:
             scores = tl.where((start + index)[None, :] >= first_seen[:, None], scores, float("-inf"))
         values = _load_slots(
@@ -324,11 +365,11 @@ def _tree_attention_kernel(
 
     if whole < end:
         slot = whole + index
-        keys = _load_slots(
-            key_base, table_row, slot, slot < end, in_head,
-            key_stride_batch, key_stride_slot, key_stride_dim, blocks, HEAD_DIM, PAGE,
+        scores = _scores(
+            query, query_row, query_stride_dim, real, key_base, table_row, slot, slot < end,
+            key_stride_batch, key_stride_slot, key_stride_dim, blocks, inner, softcap,
+            HEAD_DIM, PAGE, SOFTCAP, PRECISION, BLOCK_HEAD, CHUNK,
         )  # fmt: skip
-        scores = _scores(query, keys, inner, softcap, SOFTCAP, PRECISION)
         scores = tl.where((slot[None, :] < end) & (slot[None, :] >= first_seen[:, None]), scores, float("-inf"))
         values = _load_slots(
             value_base, table_row, slot, slot < end, in_value,
@@ -349,11 +390,12 @@ def _tree_attention_kernel(
             slot = prefix + word * _WORD_BITS + lane
             exists = slot < slots
             visible = (((bits[:, None] >> lane[None, :].to(tl.uint32)) & 1) != 0) & exists[None, :]
-            keys = _load_slots(
-                key_base, table_row, slot, exists, in_head,
-                key_stride_batch, key_stride_slot, key_stride_dim, blocks, HEAD_DIM, PAGE,
+            scores = _scores(
+                query, query_row, query_stride_dim, real, key_base, table_row, slot, exists,
+                key_stride_batch, key_stride_slot, key_stride_dim, blocks, inner, softcap,
+                HEAD_DIM, PAGE, SOFTCAP, PRECISION, BLOCK_HEAD, CHUNK,
             )  # fmt: skip
-            scores = tl.where(visible, _scores(query, keys, inner, softcap, SOFTCAP, PRECISION), float("-inf"))
+            scores = tl.where(visible, scores, float("-inf"))
             # what no row sees may hold anything, NaN too, and 0 * NaN is NaN
             seen = tl.max(visible.to(tl.int32), 0) > 0
             values = _load_slots(
@@ -546,6 +588,7 @@ def tree_attention(
         parts = query.new_empty(batch, q_heads, nodes, splits, value_dim, dtype=torch.float32)
         sums = query.new_empty(batch, q_heads, nodes, splits, dtype=torch.float32)
 
+    block_head = max(16, triton.next_power_of_2(head_dim))
     _tree_attention_kernel[(triton.cdiv(nodes * group, launch.block_rows), kv_heads * splits, batch)](
         query_ptr=query,
         key_ptr=key,
@@ -593,12 +636,13 @@ def tree_attention(
         SOFTCAP=softcap is not None,
         SPLIT=splits > 1,
         # NVIDIA multiplies float32 without tensor cores, where a long row's operands need more than all registers;
-        # three products of tf32 have about the same accuracy
+        # three products of tf32 have about the same accuracy, and take three copies: hence half a row at a time
         PRECISION="tf32x3" if query.dtype == torch.float32 and head_dim > 32 and not amd else "ieee",
         BLOCK_ROWS=launch.block_rows,
         BLOCK_KEYS=launch.block_keys,
-        BLOCK_HEAD=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_HEAD=block_head,
         BLOCK_VALUE=max(16, triton.next_power_of_2(value_dim)),
+        CHUNK=block_head // 2 if query.dtype == torch.float32 and block_head > 64 else block_head,
         BLOCK_WORDS=1 if window is None else triton.next_power_of_2(ancestors.shape[2]),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,

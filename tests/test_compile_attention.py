@@ -80,6 +80,14 @@ CALLS: dict[str, Callable[[], None]] = {
     "attention, Gemma 2, window, softcap": lambda: _attention(64, (16, 8), 256, 4160, window=4096, softcap=50.0),
     "attention, GPT-OSS, window, sinks": lambda: _attention(64, (64, 8), 64, 4160, window=128, sinks=True),
     "attention, float32": lambda: _attention(16, PHI, 64, 512, dtype=torch.float32),
+    "attention, float32, heads of 128": lambda: _attention(16, LLAMA, 128, 512, dtype=torch.float32),
+    "attention, float32, heads of 128, pages, sinks": lambda: _attention(
+        64, LLAMA, 128, 512, dtype=torch.float32, page=16, sinks=True
+    ),
+    "attention, float32, heads of 256": lambda: _attention(16, (8, 4), 256, 512, dtype=torch.float32),
+    "attention, float32, heads of 256, window, softcap": lambda: _attention(
+        64, (16, 8), 256, 512, dtype=torch.float32, window=256, softcap=50.0
+    ),
     "ancestor bits": lambda: _tree_triton.ancestor_bits(fake(3, 64, dtype=torch.int64)),
     "ancestor bits, 1024 nodes": lambda: _tree_triton.ancestor_bits(fake(1024, dtype=torch.int32)),
     "depths": lambda: _tree_triton.node_depths(fake(3, 64, 2, dtype=torch.int32)),
