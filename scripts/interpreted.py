@@ -52,9 +52,10 @@ State = dict[str, Any]
 
 @functools.cache
 def kernel_digest() -> str:
-    """Of the Triton backend's sources, comments and spacing apart."""
+    """Of the sources that verify and draw candidates in Triton, comments and spacing apart."""
     digest = hashlib.sha256()
-    for path in sorted([*KERNELS.glob("_*_triton.py"), KERNELS / "_schedule.py"]):
+    names = ("_candidates_triton", "_random_triton", "_rows_triton", "_sampling_triton", "_schedule", "_verify_triton")
+    for path in (KERNELS / f"{name}.py" for name in names):
         digest.update(ast.dump(ast.parse(path.read_text())).encode())
     return digest.hexdigest()[:12]
 
