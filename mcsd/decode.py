@@ -323,7 +323,7 @@ def _coins(state: State, tree: Proposal) -> torch.Tensor:
         return draw_uniforms(state.seeds, state.step, count).roll(-2, 1)
     first, drawn = state.coins.get(count, (0, None))
     if drawn is None or not first <= state.step < first + len(drawn):
-        ahead = max(_DRAWN_AHEAD // (batch * count), 1)
+        ahead = max(_DRAWN_AHEAD // (batch * count), 16)
         steps = torch.arange(state.step, state.step + ahead, device=state.device).repeat_interleave(batch)
         drawn = draw_uniforms(state.seeds.repeat(ahead), steps, count).roll(-2, 1).view(ahead, batch, count)
         first, _ = state.coins[count] = state.step, drawn

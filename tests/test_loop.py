@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 
 import mcsd
 from mcsd import Drafter, ModelDrafter, Proposal, State
-from mcsd.decode import step
+from mcsd.decode import _coins, step
 from mcsd.graphs import PADDING, Forward, Outputs, fingerprint, prefix_bucket, row_bucket
 from mcsd.scoring import Scorer, UnsupportedModelError
 from mcsd.trees import columns
-from mcsd_kernels import SamplingParams
+from mcsd_kernels import SamplingParams, draw_uniforms
 from tests.tiny import VOCAB, greedy, pad, perturbed, plain_logits, prompt, tiny
 
 PROMPTS = [prompt(17, 1), prompt(4, 2), prompt(9, 3)]
@@ -198,6 +198,24 @@ def test_a_step_is_one_graph(name: str) -> None:
     torch.compiler.reset()
     assert torch.equal(found[0].tokens, wanted[0].tokens) and torch.allclose(found[1], wanted[1], atol=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(found[2], wanted[2], strict=True))
+
+
+def test_every_step_has_its_own_coins() -> None:
+    state = State(
+        sequences=[[1], [2]],
+        active=[True, True],
+        seeds=torch.tensor([5, 2**40 + 7]),
+        step=0,
+        sampling=SamplingParams(),
+        device=torch.device("cpu"),
+        capacity=9,
+        vocab=VOCAB,
+    )
+    trees = [Proposal(torch.zeros(2, n, dtype=torch.int64), torch.tensor([-1] + [0] * (n - 1)), 1) for n in (3, 40)]
+    for state.step in [*range(150), 7]:  # trees of two sizes in turn, and a step back
+        for tree in trees:
+            wanted = draw_uniforms(state.seeds, state.step, tree.tokens.shape[1] + 2).roll(-2, 1)
+            assert torch.equal(_coins(state, tree), wanted)
 
 
 def test_the_benchmark_of_the_loop_runs(tmp_path: Path) -> None:
