@@ -222,7 +222,7 @@ def step(
     Args:
         drafter: where the tree comes from.
         scorer: the target.
-        state: the batch; `step` changes nothing in it but `hidden`.
+        state: the batch; `step` changes nothing in it but `hidden` and `coins`.
         rule: see `mcsd_kernels.verify`.
         process: what makes other logits of the target's, given the tree.
         phase: a context for each of the four parts, by name.
@@ -316,17 +316,18 @@ def _check_proposal(tree: Proposal, state: State, proposal: str) -> None:
 def _coins(state: State, tree: Proposal) -> torch.Tensor:
     """`[batch, nodes + 2]` fresh uniforms; a node's number, and the final draw's, do not depend on the tree's size.
 
-    They depend on seeds and step alone, so those of many steps are drawn together.
+    They depend on seeds and step alone, so those of many steps are drawn together where trees keep their size.
     """
     batch, count = len(state.seeds), tree.tokens.shape[1] + 2
     if torch.compiler.is_compiling():
         return draw_uniforms(state.seeds, state.step, count).roll(-2, 1)
-    first, drawn = state.coins.get(count, (0, None))
-    if drawn is None or not first <= state.step < first + len(drawn):
-        ahead = max(_DRAWN_AHEAD // (batch * count), 16)
+    first, drawn = state.coins or (0, state.seeds.new_empty(0, 0, 0))
+    same = drawn.shape[2] == count
+    if not same or not first <= state.step < first + len(drawn):
+        ahead = max(_DRAWN_AHEAD // (batch * count), 1) if same else 1
         steps = torch.arange(state.step, state.step + ahead, device=state.device).repeat_interleave(batch)
         drawn = draw_uniforms(state.seeds.repeat(ahead), steps, count).roll(-2, 1).view(ahead, batch, count)
-        first, _ = state.coins[count] = state.step, drawn
+        first, _ = state.coins = state.step, drawn
     return drawn[state.step - first]
 
 

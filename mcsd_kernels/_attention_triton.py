@@ -636,12 +636,13 @@ def tree_attention(
         SOFTCAP=softcap is not None,
         SPLIT=splits > 1,
         # NVIDIA multiplies float32 without tensor cores, where a long row's operands need more than all registers;
-        # three products of tf32 have about the same accuracy, and take three copies: hence half a row at a time
+        # three products of tf32 have about the same accuracy
         PRECISION="tf32x3" if query.dtype == torch.float32 and head_dim > 32 and not amd else "ieee",
         BLOCK_ROWS=launch.block_rows,
         BLOCK_KEYS=launch.block_keys,
         BLOCK_HEAD=block_head,
         BLOCK_VALUE=max(16, triton.next_power_of_2(value_dim)),
+        # three tf32 copies of a long query are more than all registers, too
         CHUNK=block_head // 2 if query.dtype == torch.float32 and block_head > 64 else block_head,
         BLOCK_WORDS=1 if window is None else triton.next_power_of_2(ancestors.shape[2]),
         num_warps=launch.num_warps,

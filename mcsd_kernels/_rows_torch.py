@@ -7,7 +7,6 @@ numbers, which live in NumPy on the host. A chunk holds so few rows that its buf
 from __future__ import annotations
 
 import threading
-import weakref
 from bisect import bisect_left, bisect_right
 from itertools import accumulate
 from typing import Any
@@ -113,15 +112,14 @@ def draw_blocks(weights: torch.Tensor) -> torch.Tensor:
 
 
 class Law:
-    """One row of probabilities times a number, where it lies.
+    """One row of probabilities times a number, `total`, where it lies.
 
     Args:
         row: `[vocab]` f32.
-        total: what it sums up to.
     """
 
-    def __init__(self, row: torch.Tensor, total: float = 1.0) -> None:
-        self.row, self.total = row, total
+    def __init__(self, row: torch.Tensor) -> None:
+        self.row, self.total = row, 1.0
         # the same memory for NumPy, whose single entries are quicker to read
         self._numbers = host(row) if row.is_cpu else None
 
@@ -248,18 +246,27 @@ def plain_law(logits: torch.Tensor, scale: float, out: Law) -> Status | None:
         what is wrong with the row, or None.
     """
     row = out.row
-    source = logits if logits.dtype == torch.float32 else row.copy_(logits)
-    if scale != 1.0:
-        source = torch.mul(source, scale, out=row)
-    # two passes instead of softmax's four: the total says whether the largest logit had to be known first
-    out.total = float(torch.exp(source, out=row).sum())
-    if _LEAST_TOTAL < out.total < _LARGEST:
-        return None
+    if row.is_cpu:
+        source = logits if logits.dtype == torch.float32 else row.copy_(logits)
+        if scale != 1.0:
+            source = torch.mul(source, scale, out=row)
+        # two passes instead of softmax's four: the total says whether the largest logit had to be known first. A few
+        # entries say whether many exponentials would vanish, which takes ten times as long
+        if min(source[:: max(len(row) // _LOOKED_AT, 1)].tolist()) > _LOWEST_LOGIT:
+            out.total = float(torch.exp(source, out=row).sum())
+            if _LEAST_TOTAL < out.total < _MOST_TOTAL:
+                return None
     out.total = 1.0
-    source = torch.mul(logits.float(), scale, out=row)
-    torch.softmax(source, 0, out=row)
+    source = logits if scale == 1.0 else torch.mul(logits.float(), scale, out=row)
+    torch.softmax(source, 0, torch.float32, out=row)
     broken = bool(row[0].isnan())
     return Status(int(_diagnose(logits[None], np.zeros(1, np.int64))[0])) if broken else None
+
+
+_LOOKED_AT = 64
+_LOWEST_LOGIT = -80.0
+# Within these a row loses no more than by softmax, and factors between two rows stay small.
+_LEAST_TOTAL, _MOST_TOTAL = 0.5, 1e15
 
 
 def greedy_law(logits: torch.Tensor, out: Law) -> Status | None:
@@ -283,8 +290,6 @@ def greedy_law(logits: torch.Tensor, out: Law) -> Status | None:
 
 
 _INFINITY = float("inf")
-_LEAST_TOTAL = 1e-6  # what a float32 exponential loses is nothing beside that
-_LARGEST = 3e38  # float32
 
 
 def masked(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
@@ -308,22 +313,21 @@ def scatter(laws: torch.Tensor, ids: torch.Tensor, buffer: torch.Tensor, slots: 
         buffer.index_copy_(0, torch.tensor(slots, device=buffer.device), rows)
 
 
-# a tensor of ids, its version, and `span` of it: the same ids come again and again
-_last_span: tuple[Any, int, tuple[int, int, bool]] = (lambda: None, 0, (0, 0, False))
+# ids and their `span`: the same ones come again and again
+_last_span: tuple[torch.Tensor | None, tuple[int, int, bool]] = (None, (0, 0, True))
 
 
 def span(ids: torch.Tensor) -> tuple[int, int, bool]:
     """The lowest of some ids `[columns]`, the highest, and whether each is larger than the one before."""
     global _last_span
-    which, version, found = _last_span
-    if which() is ids and ids._version == version:
+    known, found = _last_span
+    if known is not None and known.device == ids.device and torch.equal(known, ids):
         return found
     found = (0, 0, True)
     if len(ids):
         low, high = ids.aminmax()
         found = int(low), int(high), bool((ids[1:] > ids[:-1]).all())
-    if not ids.is_inference():  # such tensors have no version
-        _last_span = weakref.ref(ids), ids._version, found
+    _last_span = ids.clone(), found
     return found
 
 
@@ -373,9 +377,12 @@ def first_argmax(rows: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
 
 
 def _diagnose(logits: torch.Tensor, index: Array) -> Array:
-    """NAN_ROW for a row with NaN or +inf, EMPTY_ROW for one of -inf alone, 0 for a sound one."""
+    """What is wrong with rows of which softmax makes NaN: EMPTY_ROW for -inf alone, else NAN_ROW.
+
+    A row may hold NaN or +inf, or become infinite when it is scaled.
+    """
     top = host(take(logits, index).float().amax(-1))
-    return np.where(top == -np.inf, int(Status.EMPTY_ROW), np.where(np.isfinite(top), 0, int(Status.NAN_ROW)))
+    return np.where(top == -np.inf, int(Status.EMPTY_ROW), int(Status.NAN_ROW))
 
 
 def cutoffs(logits: torch.Tensor, scale: Array, sampling: Sampling) -> Array:
@@ -471,14 +478,19 @@ def fill(p: Law, q: Law, want: Mass | Draw, weights: torch.Tensor) -> float:
     elif beta == 0.0:
         weights.copy_(p.row)
     else:
-        share = min(beta / w * (total / q.total), _LARGEST)
+        share, row = beta / w * (total / q.total), q.row
+        if share > _LARGE:  # float32 has room for the product, though not for this factor
+            share, row = min(share / _LARGE, _LARGEST), row * _LARGE
         if isinstance(q, Columns):
-            weights.copy_(p.row).index_add_(0, q.ids, q.row, alpha=-share).relu_()
+            weights.copy_(p.row).index_add_(0, q.ids, row, alpha=-share).relu_()
         else:
-            torch.relu_(torch.sub(p.row, q.row, alpha=share, out=weights))
+            torch.relu_(torch.sub(p.row, row, alpha=share, out=weights))
     for token in without:
         weights[token] = 0.0
     return total
+
+
+_LARGE, _LARGEST = 1e30, 3e38
 
 
 def fill_rows(
@@ -503,7 +515,11 @@ def fill_rows(
         without_p = np.flatnonzero([want.w == 0.0 for want in (wants[row] for row in some)])
         if without_p.size:
             part[torch.from_numpy(without_p).to(device)] = 0.0
-        part.addcmul_(take(q, index[some]), _column(-beta_over_w[some], device)).clamp_(min=0.0)
+        factor, rows = beta_over_w[some], take(q, index[some])
+        if factor.max() > _LARGE:  # as in `fill`
+            rows = rows * _column(np.where(factor > _LARGE, _LARGE, 1.0), device)
+            factor = np.where(factor > _LARGE, np.minimum(factor / _LARGE, _LARGEST), factor)
+        part.addcmul_(rows, _column(-factor, device)).clamp_(min=0.0)
         if some.size < len(wants):
             weights[torch.from_numpy(some).to(device)] = part
     pairs = [(row, token) for row, want in enumerate(wants) for token in want.without]

@@ -97,6 +97,39 @@ def test_equals_the_oracle_on_long_rows(rule: str, proposal: str, device: torch.
 
 
 @pytest.mark.parametrize(("rule", "proposal"), EVERY)
+@pytest.mark.parametrize("vocab", [20, 8300], ids=["short-rows", "long-rows"])
+@pytest.mark.parametrize(("top", "gap"), [((87, -12), 2), ((60, 0), 30), ((-10, 30), 30), ((1, 33), 40), ((0, 0), 70)])
+def test_rows_of_very_different_size(
+    top: tuple[int, int], gap: int, vocab: int, rule: str, proposal: str, device: torch.device
+) -> None:
+    """The largest logits of target and draft, and how far below its own the draft holds the second candidate."""
+    count = 60
+    rng = np.random.default_rng(0)
+    target, draft = (torch.full((1, vocab), highest - 75.0) + torch.rand(1, vocab) for highest in top)
+    target[0, :3] = torch.tensor([0.5, 0.3, 0.2]).log() + top[0]
+    draft[0, :3] = torch.tensor([0.0, -gap, -gap - 1.0]) + top[1]
+    tokens = torch.tensor([[9, 0, 1]] * count)
+    index = torch.zeros(count, 3, dtype=torch.int32)
+    uniforms = torch.from_numpy(rng.random((count, 5)).astype(np.float32)).clamp_(max=1 - 2**-24)
+    options = {"proposal": proposal, "rule": rule, "target_rows": index, "draft_rows": index}
+    case = cases.Case((target, draft, tokens, torch.tensor([-1, 0, 0]), uniforms), options, f"{top} {gap}")
+    assert check(case, device)[1] <= 2
+
+
+@pytest.mark.parametrize("vocab", [20, 8300], ids=["short-rows", "long-rows"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_row_that_overflows_when_scaled_has_a_status(rule: str, vocab: int, device: torch.device) -> None:
+    target = torch.zeros(2, 3, vocab, device=device)
+    target[1, :, 5] = 3e38
+    found = verify(
+        target, torch.zeros_like(target), torch.tensor([[0, 1, 2]] * 2, device=device),
+        torch.tensor([-1, 0, 0], device=device), torch.full((2, 5), 0.5, device=device), rule=rule,
+        sampling=SamplingParams(temperature=0.5),
+    )  # fmt: skip
+    assert found.status.tolist() == [0, Status.NAN_ROW]
+
+
+@pytest.mark.parametrize(("rule", "proposal"), EVERY)
 @pytest.mark.parametrize("law", cases.LAWS)
 def test_named_laws_on_named_trees(law: str, rule: str, proposal: str, device: torch.device) -> None:
     target, draft, why = cases.LAWS[law]

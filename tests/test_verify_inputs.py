@@ -55,12 +55,12 @@ def test_equals_the_oracle_on_long_rows(extra: str, proposal: str, rule: str) ->
 @pytest.mark.parametrize("proposal", cases.PROPOSALS)
 @pytest.mark.parametrize("highest", [8192, 8196], ids=["all-tokens", "some-no-token"])
 def test_a_draft_vocabulary_in_order(highest: int, proposal: str, rule: str) -> None:
-    """Ids that ascend, whose law is never written out over the vocabulary, candidates that are no ids included."""
+    """Ids that ascend; a few may lie past the vocabulary's end, and some candidates are no ids."""
     rng = np.random.default_rng(0)
-    ids = torch.from_numpy(np.sort(rng.choice(highest, 500, replace=False)))
+    ids = torch.from_numpy(np.append(np.sort(rng.choice(8192, 500, replace=False)), np.arange(8192, highest)))
     parents = torch.tensor([-1, 0, 0, 0, 1, 1, 4])
     for seed in range(12):
-        target, draft = (torch.from_numpy(2 * rng.standard_normal((3, 7, n))).float() for n in (8192, 500))
+        target, draft = (torch.from_numpy(2 * rng.standard_normal((3, 7, n))).float() for n in (8192, len(ids)))
         target[..., ids[ids < 8192]] += 6
         tokens = ids[torch.from_numpy(rng.integers(0, 500, (3, 7)))].clamp(max=8191)
         tokens[torch.from_numpy(rng.random((3, 7)) < 0.1)] = 77
@@ -78,6 +78,10 @@ def test_ids_that_change_are_looked_at_again() -> None:
         assert _rows_torch.span(ids) == (2, 7, True)
     ids[0] = 5
     assert _rows_torch.span(ids) == (3, 7, False)
+    ids.numpy()[:] = [1, 2, 3]  # a write that torch does not see
+    assert _rows_torch.span(ids) == (1, 3, True)
+    ids.data = torch.tensor([9, 8])
+    assert _rows_torch.span(ids) == (8, 9, False)
     assert _rows_torch.span(others) == (1, 4, False)
     with torch.inference_mode():
         made_there = torch.tensor([0, 6])

@@ -37,8 +37,8 @@ class State:
         scorer: the target with its cache, for a drafter with `reads_cache`; None in a state made by hand.
         prefix: on the device and on the host, how many tokens each request has before its root.
         tail: `[batch, 2]` int64 on the device: the last two committed tokens; the last one twice, if it is alone.
-        coins: by how many numbers a step takes, the first step and `[steps, batch, numbers]` f32: what the loop will
-            give `verify`. A proposal that depends on them is not verified losslessly.
+        coins: a step's number, and `[steps, batch, numbers]` f32 from it on: what the loop gives `verify`. A proposal
+            that depends on them is not verified losslessly.
     """
 
     sequences: list[list[int]]
@@ -53,7 +53,7 @@ class State:
     scorer: Scorer | None = None
     prefix: Prefix = field(init=False)
     tail: torch.Tensor = field(init=False)
-    coins: dict[int, tuple[int, torch.Tensor]] = field(init=False, repr=False, default_factory=dict)
+    coins: tuple[int, torch.Tensor] | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         self.refresh()
