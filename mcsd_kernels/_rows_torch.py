@@ -263,7 +263,7 @@ def plain_law(logits: torch.Tensor, scale: float, out: Law) -> Status | None:
     return Status(int(_diagnose(logits[None], np.zeros(1, np.int64))[0])) if broken else None
 
 
-_LOOKED_AT = 64
+_LOOKED_AT = 32
 _LOWEST_LOGIT = -80.0
 # Within these a row loses no more than by softmax, and factors between two rows stay small.
 _LEAST_TOTAL, _MOST_TOTAL = 0.5, 1e15

@@ -70,9 +70,8 @@ def random_call(seed: int) -> Call:
     pick = lambda options, p=None: options[int(rng.choice(len(options), p=p))]  # noqa: E731
     batch = int(rng.integers(1, 6))
     nodes = int(pick([1, 2, 3, 5, 8, 13, 24, 33, 65], [0.05, 0.1, 0.15, 0.2, 0.2, 0.15, 0.08, 0.05, 0.02]))
-    vocab = int(
-        pick([1, 2, 3, 5, 17, 64, 257, 1000, 1024, 1025, 3000, 8200])
-    )  # rows of the last are taken one at a time
+    # rows of 8,200 are taken one at a time
+    vocab = int(pick([1, 2, 3, 5, 17, 64, 257, 1000, 1024, 1025, 3000, 8200]))
     proposal, rule = pick(PROPOSALS), pick(RULES)
     dtype = pick(DTYPES)
     sound = rng.random() < 0.5
