@@ -611,7 +611,8 @@ def test_eagle_paths_that_have_parted_share_nothing() -> None:
 def test_eagle_nodes_in_any_order() -> None:
     """A tree whose children have lower numbers than their parents says the same."""
     tree_logits = torch.randn(1, 6, 10)
-    order = torch.tensor([0, 5, 3, 4, 2, 1])  # old number at each new place
+    # old number at each new place; siblings keep their order, which says who is tested first
+    order = torch.tensor([0, 5, 3, 4, 1, 2])
     place = order.argsort()
     moved = torch.where(PATHS >= 0, place[PATHS.clamp(min=0)], -1)
     numbers = torch.rand(8)
