@@ -6,6 +6,7 @@ numbers, which live in NumPy on the host. A chunk holds so few rows that its buf
 
 from __future__ import annotations
 
+import math
 import threading
 from bisect import bisect_left, bisect_right
 from itertools import accumulate
@@ -222,16 +223,19 @@ def law(logits: torch.Tensor, sampling: Sampling, buffer: torch.Tensor, slots: l
     else:
         out = torch.empty(rows, vocab, dtype=torch.float32, device=device)
     if sampling.plain is not None:
-        source = logits if logits.dtype == torch.float32 else out.copy_(logits)
-        if sampling.plain != 1.0:
-            source = torch.mul(source, sampling.plain, out=out)
-        torch.softmax(source, -1, out=out)
+        torch.softmax(_scaled(logits, sampling.plain, out), -1, out=out)
         status = _broken(out, logits)
     else:
         status = _general_law(logits, sampling, out)
     if slots is not None and rows > 1:
         buffer.index_copy_(0, torch.tensor(slots, device=device), out)
     return status
+
+
+def _scaled(logits: torch.Tensor, scale: float, out: torch.Tensor) -> torch.Tensor:
+    """logits * scale in float32: in `out`, or the logits themselves if nothing has to be done to them."""
+    source = logits if logits.dtype == torch.float32 else out.copy_(logits)
+    return source if scale == 1.0 else torch.mul(source, scale, out=out)
 
 
 def plain_law(logits: torch.Tensor, scale: float, out: Law) -> Status | None:
@@ -246,19 +250,16 @@ def plain_law(logits: torch.Tensor, scale: float, out: Law) -> Status | None:
         what is wrong with the row, or None.
     """
     row = out.row
-    if row.is_cpu:
-        source = logits if logits.dtype == torch.float32 else row.copy_(logits)
-        if scale != 1.0:
-            source = torch.mul(source, scale, out=row)
-        # two passes instead of softmax's four: the total says whether the largest logit had to be known first. A few
-        # entries say whether many exponentials would vanish, which takes ten times as long
-        if min(source[:: max(len(row) // _LOOKED_AT, 1)].tolist()) > _LOWEST_LOGIT:
-            out.total = float(torch.exp(source, out=row).sum())
-            if _LEAST_TOTAL < out.total < _MOST_TOTAL:
-                return None
+    source = _scaled(logits, scale, row)
+    # two passes instead of softmax's four: the total says whether the largest logit had to be known first. A few
+    # entries say whether many exponentials would vanish, which takes ten times as long
+    if row.is_cpu and min(source[:: max(len(row) // _LOOKED_AT, 1)].tolist()) > _LOWEST_LOGIT:
+        out.total = float(torch.exp(source, out=row).sum())
+        if _LEAST_TOTAL < out.total < _MOST_TOTAL:
+            return None
+        source = _scaled(logits, scale, row)
     out.total = 1.0
-    source = logits if scale == 1.0 else torch.mul(logits.float(), scale, out=row)
-    torch.softmax(source, 0, torch.float32, out=row)
+    torch.softmax(source, 0, out=row)
     broken = bool(row[0].isnan())
     return Status(int(_diagnose(logits[None], np.zeros(1, np.int64))[0])) if broken else None
 
@@ -282,14 +283,11 @@ def greedy_law(logits: torch.Tensor, out: Law) -> Status | None:
     values = host(logits.float())
     best = int(values.argmax())  # NaN wins
     top = float(values[best])
-    if not -_INFINITY < top < _INFINITY:
-        return Status.EMPTY_ROW if top == -_INFINITY else Status.NAN_ROW
+    if not math.isfinite(top):
+        return Status.EMPTY_ROW if top < 0.0 else Status.NAN_ROW
     out.total = 1.0
     out.row.zero_()[best] = 1.0
     return None
-
-
-_INFINITY = float("inf")
 
 
 def masked(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
