@@ -11,15 +11,18 @@ from ._random_triton import uniform
 from ._rows_triton import (
     DRAW_BLOCK,
     INFINITY,
+    SMALL_MASS,
     block_weights,
     blocks_of,
     draw,
     find_law,
     law_masses,
+    lift,
     load_logits,
     probability,
     row_options,
     strike_out,
+    total_of,
 )
 from ._sampling_triton import parameters
 from ._schedule import choose_row_launch
@@ -104,6 +107,7 @@ def _draw_candidates_kernel(
                 tl.debug_barrier()
             if PROPOSAL == "greedy":
                 masses = strike_out(masses, row, no_row, 0.0, tokens_ptr, certain, VOCAB, BLOCKS)
+            scale, cutoff, top, inverse, only = numbers
             if PROPOSAL != "point":
                 seed = tl.load(seeds_ptr + request * seeds_stride)
                 at, node = step, 0
@@ -117,6 +121,13 @@ def _draw_candidates_kernel(
                     u_block = tl.sum(tl.where(pair == 0, coins, 0.0), 0)
                     u_place = tl.sum(tl.where(pair == 1, coins, 0.0), 0)
                     struck = 0 if PROPOSAL == "with_replacement" else certain + i
+                    if total_of(masses) < SMALL_MASS:
+                        rest = ((row_ptr, row_ptr), plain, (scale, cutoff, top, inverse, only))
+                        inverse *= lift(rest, statistics_ptr, tokens_ptr, struck, VOCAB, BLOCKS)
+                        rest = ((row_ptr, row_ptr), plain, (scale, cutoff, top, inverse, only))
+                        masses = law_masses(rest, statistics_ptr, VOCAB, BLOCKS)
+                        masses = strike_out(masses, rest, no_row, 0.0, tokens_ptr, struck, VOCAB, BLOCKS)
+                    row = ((row_ptr, row_ptr), plain, (scale, cutoff, top, inverse, only))
                     token = draw(masses, row, no_row, 0.0, tokens_ptr, struck, u_block, u_place, VOCAB)
                     tl.debug_barrier()
                     tl.store(tokens_ptr + certain + i, token.to(tl.int64))

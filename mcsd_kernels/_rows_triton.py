@@ -47,6 +47,7 @@ import triton
 import triton.language as tl
 
 from . import types
+from ._rules import LOST_DRAFT_MASS
 
 # The units of a sum of exp(x - top) leave room for so many tokens.
 LARGEST_VOCAB = 1 << 20
@@ -62,6 +63,13 @@ _BLOCK_UNIT = tl.constexpr(2.0**50)
 _ROW_UNIT = tl.constexpr(2.0**42)
 # A row with this sum or more is no law; twice as much would overflow.
 LARGEST_SUM = tl.constexpr(4.0)
+
+# What is left of a law with a smaller mass is multiplied by a power of two before it is counted in units.
+_SMALL_EXPONENT = -20
+SMALL_MASS = tl.constexpr(2.0**_SMALL_EXPONENT)
+_LIFT_BITS = tl.constexpr(2 * 127 + _SMALL_EXPONENT)  # SMALL_MASS over 1, as exponents that float32 stores
+# Less than this is nothing: float32 does not hold the law that it has.
+_LOST_DRAFT_MASS = tl.constexpr(LOST_DRAFT_MASS)
 
 
 def row_options(num_warps: int) -> dict[str, Any]:
@@ -402,9 +410,10 @@ def law_masses(
     """[BLOCKS] i64: the mass of each draw block under the law itself, of logits, without a pass over the row."""
     scale, _, top, inverse, only = row[2]
     maxima, sums = _load_statistics(statistics_ptr, VOCAB, BLOCKS)
-    # a block has mass only if its most probable token has: a draw never lands in a block of zeros
-    best = tl.exp((maxima - top) * scale) * inverse
-    masses = (sums.to(tl.float64) * best.to(tl.float64) * MASS_UNIT).to(tl.int64)
+    # a block has mass only if its most probable token has: a draw never lands in a block of zeros. None has more than a
+    # law: those of tokens struck out of a lifted row, to be summed afresh, would not fit into units.
+    best = tl.minimum(tl.exp((maxima - top) * scale) * inverse, LARGEST_SUM)
+    masses = (tl.minimum(sums.to(tl.float64) * best.to(tl.float64), LARGEST_SUM) * MASS_UNIT).to(tl.int64)
     masses = tl.where((best * MASS_UNIT).to(tl.int64) > 0, masses, 0)
     here = tl.where(tl.arange(0, BLOCKS) == only // DRAW_BLOCK, 1.0, 0.0)
     return tl.where(only < 0, masses, (here * MASS_UNIT).to(tl.int64))
@@ -536,6 +545,51 @@ def own_masses(
 
 
 @triton.jit
+def lift(
+    row,  # tuple: of logits
+    statistics_ptr,  # [2, blocks of the row] f32
+    tokens_ptr,  # [count] integers: tokens that are left out; those below 0 change nothing
+    count,  # int32
+    VOCAB: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """f32: the power of two that brings the law's largest weight outside some tokens to `SMALL_MASS` or its double.
+
+    1 where nothing is left, or as good as nothing. A row is lifted by multiplying `inverse`; then the weights outside
+    the tokens have units enough, and those of the tokens are of no use.
+    """
+    scale, _, top, inverse, only = row[2]
+    index = tl.arange(0, BLOCKS)
+    maxima, _ = _load_statistics(statistics_ptr, VOCAB, BLOCKS)
+    best = tl.where(only < 0, tl.exp((maxima - top) * scale) * inverse, 0.0)
+    for i in range(count):
+        token = tl.load(tokens_ptr + i).to(tl.int32)
+        if token >= 0:
+            ids = token // DRAW_BLOCK * DRAW_BLOCK + tl.arange(0, DRAW_BLOCK)
+            weights = laws_at(row, ids, ids < VOCAB, VOCAB)
+            for j in range(count):
+                weights = tl.where(ids == tl.load(tokens_ptr + j).to(tl.int32), 0.0, weights)
+            best = tl.where(index == token // DRAW_BLOCK, tl.max(weights, 0), best)
+    factor = _power_to_small(tl.max(best, 0))
+    return tl.where(inverse * factor < 1.0 / _LOST_DRAFT_MASS * 1024.0, factor, 1.0)
+
+
+@triton.jit
+def _power_to_small(weight):
+    """f32: the power of two that brings a weight from 0 to 1 (f32) into [`SMALL_MASS`, 2 `SMALL_MASS`)."""
+    exponent = weight.to(tl.int32, bitcast=True) >> 23
+    return ((-exponent + _LIFT_BITS) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def lifted(row, factor):
+    """The row with its law multiplied by a power of two."""
+    pointers, kind, numbers = row
+    scale, cutoff, top, inverse, only = numbers
+    return pointers, kind, (scale, cutoff, top, inverse * factor, only)
+
+
+@triton.jit
 def mass_outside(
     row,  # tuple
     statistics_ptr,  # [2, blocks of the row] f32; not read of a row that came as a law or has columns
@@ -546,40 +600,68 @@ def mass_outside(
     TILE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """f64: the mass of a law outside some tokens; NaN of a row that is no law.
+    """f64: the mass of a law outside some tokens; NaN of a row that is no law, 0 for less than `LOST_DRAFT_MASS`.
 
     Of logits over the target's vocabulary the statistics give it. Else it is a pass over the row's columns, and 1 where
-    no token is to be left out, whatever the row's sum.
+    no token is to be left out, whatever the row's sum. A small mass is found once more, of the lifted law.
     """
-    _, kind, _ = row
-    _, columns_ptr, laws = kind
+    kind = row[1]
+    columns_ptr, laws = kind[1], kind[2]
     if (columns_ptr is None) and (laws is None):
         no_row = (None, (None, None, None), None)
         masses = law_masses(row, statistics_ptr, VOCAB, BLOCKS)
         mass = total_of(strike_out(masses, row, no_row, 0.0, tokens_ptr, count, VOCAB, BLOCKS))
+        if mass < SMALL_MASS:
+            factor = lift(row, statistics_ptr, tokens_ptr, count, VOCAB, BLOCKS)
+            rest = lifted(row, factor)
+            masses = law_masses(rest, statistics_ptr, VOCAB, BLOCKS)
+            mass = total_of(strike_out(masses, rest, no_row, 0.0, tokens_ptr, count, VOCAB, BLOCKS)) / factor
     else:
-        LANES: tl.constexpr = TILE * DRAW_BLOCK
         mass = tl.full([], 1.0, tl.float64)
         some = tl.full([], -1, tl.int32)
         for i in range(count):
             some = tl.maximum(some, tl.load(tokens_ptr + i))
         if some >= 0:
-            units = tl.zeros([LANES], tl.int64)
-            total = tl.zeros([LANES], tl.float32)
-            for start in range(0, COLUMNS, LANES):
-                columns = start + tl.arange(0, LANES)
-                tokens = columns
-                if columns_ptr is not None:
-                    tokens = tl.load(columns_ptr + VOCAB + 1 + COLUMNS + columns, mask=columns < COLUMNS, other=-1)
-                weights = _column_laws(row, columns, (columns < COLUMNS) & (tokens >= 0))
-                weights = tl.where(weights <= 0.0, 0.0, weights)
-                for i in range(count):
-                    weights = tl.where(tokens == tl.load(tokens_ptr + i), 0.0, weights)
-                units += (weights * MASS_UNIT).to(tl.int64)
-                total += weights
-            mass = tl.sum(units, 0).to(tl.float64) / MASS_UNIT
-            mass = tl.where(tl.sum(total, 0) < LARGEST_SUM, mass, float("nan"))
-    return mass
+            mass, most = _mass_of_columns(row, tokens_ptr, count, 1.0, VOCAB, COLUMNS, TILE)
+            if mass < SMALL_MASS:
+                factor = _power_to_small(most)
+                mass, most = _mass_of_columns(row, tokens_ptr, count, factor, VOCAB, COLUMNS, TILE)
+                mass = mass / factor
+    return tl.where(mass < _LOST_DRAFT_MASS, 0.0, mass)
+
+
+@triton.jit
+def _mass_of_columns(
+    row,  # tuple
+    tokens_ptr,  # [count] i32
+    count,  # int32
+    factor,  # f32
+    VOCAB: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The mass of `factor` times a row outside some tokens (f64, NaN of a row that is no law); its largest weight."""
+    _, kind, _ = row
+    _, columns_ptr, _ = kind
+    LANES: tl.constexpr = TILE * DRAW_BLOCK
+    units = tl.zeros([LANES], tl.int64)
+    total = tl.zeros([LANES], tl.float32)
+    most = tl.zeros([LANES], tl.float32)
+    for start in range(0, COLUMNS, LANES):
+        columns = start + tl.arange(0, LANES)
+        tokens = columns
+        if columns_ptr is not None:
+            tokens = tl.load(columns_ptr + VOCAB + 1 + COLUMNS + columns, mask=columns < COLUMNS, other=-1)
+        weights = _column_laws(row, columns, (columns < COLUMNS) & (tokens >= 0))
+        weights = tl.where(weights <= 0.0, 0.0, weights)
+        for i in range(count):
+            weights = tl.where(tokens == tl.load(tokens_ptr + i), 0.0, weights)
+        weights = weights * factor
+        units += (weights * MASS_UNIT).to(tl.int64)
+        total += weights
+        most = tl.maximum(most, weights)
+    mass = tl.sum(units, 0).to(tl.float64) / MASS_UNIT
+    return tl.where(tl.sum(total, 0) < LARGEST_SUM, mass, float("nan")), tl.max(most, 0)
 
 
 @triton.jit

@@ -11,7 +11,12 @@ from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 MISSING = -1
-_SMALL_DRAFT_MASS = 1e-6
+
+# Below this, what subtraction left of the draft's mass is summed afresh: what was subtracted is known to 1e-7 only.
+SMALL_DRAFT_MASS = 1e-2
+
+# Less than this is nothing, and later candidates are passed over: float32 does not hold the law that they come from.
+LOST_DRAFT_MASS = 2.0**-90
 
 
 class Rows(NamedTuple):
@@ -129,9 +134,9 @@ def _test_drawn(u: list[float], drawn: Siblings, chosen: Siblings, replaced: boo
         if not replaced:
             tried.append(x)
             Z -= q
-            if Z < _SMALL_DRAFT_MASS and i + 1 < len(drawn):
+            if Z < SMALL_DRAFT_MASS and i + 1 < len(drawn):
                 Z = yield Mass(0.0, -1.0, tuple(tried))
-                if Z <= 0.0:
+                if Z < LOST_DRAFT_MASS:
                     break
     if not chosen:
         return (yield Draw(1.0, beta))
@@ -152,7 +157,7 @@ def _test_greedy(u: list[float], drawn: Siblings, chosen: Siblings) -> Step:
         if x == MISSING:
             continue
         beta = yield from _inverse_mass(T)
-        if x not in T:
+        if x not in T and beta > 0.0:
             if u[node] * q * beta < p:
                 return node, x
             tested = (node, x) if p > 0.0 else None
@@ -167,9 +172,9 @@ def _test_greedy(u: list[float], drawn: Siblings, chosen: Siblings) -> Step:
 
 
 def _inverse_mass(T: tuple[int, ...]) -> Step:
-    """1 / (mass of q outside T), so that q' = q times this; 0 where nothing is left to draw."""
+    """1 / (mass of q outside T), so that q' = q times this; 0 where nothing is left to draw: no candidate."""
     mass = (yield Mass(0.0, -1.0, T)) if T else 1.0
-    return 1.0 / mass if mass > 0.0 else 0.0
+    return 1.0 / mass if mass >= LOST_DRAFT_MASS else 0.0
 
 
 def _offers(siblings: Siblings, w: float, beta: float, without: tuple[int, ...] = ()) -> list[Offer]:
@@ -316,9 +321,9 @@ def _visit_drawn(visit: _Visit, drawn: Siblings, chosen: Siblings, replaced: boo
         if not replaced:
             tried.append(x)
             Z -= q
-            if Z < _SMALL_DRAFT_MASS and i + 1 < len(drawn):
+            if Z < SMALL_DRAFT_MASS and i + 1 < len(drawn):
                 Z = yield Mass(0.0, -1.0, tuple(tried))
-                if Z <= 0.0:
+                if Z < LOST_DRAFT_MASS:
                     break
     if not chosen:
         return (yield from visit.stop(1.0, c, Draw(w, beta), None))
@@ -335,7 +340,7 @@ def _visit_greedy(visit: _Visit, drawn: Siblings, chosen: Siblings) -> Step:
         if x == MISSING:
             continue
         beta = yield from _inverse_mass(T)
-        if x not in T:
+        if x not in T and beta > 0.0:
             token = yield from visit.enter((node, x), q * beta, w * p)
             if token is not None:
                 return token

@@ -43,6 +43,7 @@ from ._rows_triton import (
     strike_out,
     total_of,
 )
+from ._rules import SMALL_DRAFT_MASS
 from ._sampling_triton import parameters
 from ._schedule import Launch, choose_launch
 from .types import PLACEHOLDER, Status
@@ -73,7 +74,7 @@ _BITS, _INVERSE_MASS = tl.constexpr(5), tl.constexpr(6)
 # [batch, nodes, 8] f64: the scalars of a node's parent when the node is tested, `tested` and `swept` last.
 _FRAME = tl.constexpr(8)
 
-_SMALL_DRAFT_MASS = tl.constexpr(1e-6)
+_SMALL_DRAFT_MASS = tl.constexpr(SMALL_DRAFT_MASS)
 _NO_WEIGHT = tl.constexpr(1e-30)
 _LARGEST_RATIO = tl.constexpr(3.0e38)
 
@@ -430,7 +431,8 @@ def _offer(state, px, qx, turn, drawn, PROPOSAL: tl.constexpr, RULE: tl.constexp
     if PROPOSAL == "point":
         scale, mass = S, w * px
     elif PROPOSAL == "greedy":
-        scale, mass = tl.where(turn == 0, qx * beta, S), w * px
+        # a child drawn from what is as good as nothing (beta = 0) is passed over
+        scale, mass = tl.where(turn == 0, qx * beta, S), tl.where((turn == 0) & (beta == 0.0), 0.0, w * px)
     elif RULE == "recursive":
         scale, mass = qx * S, tl.maximum(px - beta * qx, 0.0) * Z
     else:
@@ -493,7 +495,7 @@ def _after_drawn(state, total, qx, RULE: tl.constexpr, REPLACED: tl.constexpr):
 
     Returns:
         whether the rejection counts (else the state stays as it is: rounding, or a token that cannot have been drawn);
-        the state that follows. Its Z may have to be found afresh, see `_draft_mass_left`.
+        the state that follows. Its Z may have to be found afresh, see `mass_outside`.
     """
     w, beta, S, Z, c = state
     next_beta = _next_beta(state, RULE)

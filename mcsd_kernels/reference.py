@@ -31,8 +31,14 @@ MISSING = -1
 NO_WEIGHT = 1e-30
 """A child that would be entered with less than this share is not entered: traversal would stop there once in 1e30."""
 
-SMALL_DRAFT_MASS = 1e-6
-"""Below this, what subtraction left of the draft's mass is summed afresh over the untried tokens."""
+SMALL_DRAFT_MASS = 1e-2
+"""Below this, what subtraction left of the draft's mass is summed afresh over the untried tokens.
+
+Probabilities that came as float32 sum up to 1 give or take 1e-7, nothing beside 1e-2, a tenth of 1e-6.
+"""
+
+LOST_DRAFT_MASS = 2.0**-90
+"""With less than this left to draw from, later candidates are passed over: in float32 they have no law to test by."""
 
 
 def row_cutoff(
@@ -266,15 +272,17 @@ def _without(p: Law, tokens: list[int]) -> Law:
 def _split_greedy(q: Law, siblings: list[Candidate]) -> tuple[list[Candidate], list[int], Candidate | None, Law]:
     """The most probable siblings (distinct, none missing), their tokens T, the drawn sibling, and its law q'.
 
-    The drawn sibling is None where it is missing or repeats one of the others: it then has no turn.
+    The drawn sibling is None where it is missing, repeats one of the others, or came from what is as good as nothing:
+    it then has no turn.
     """
     top = _distinct(siblings[:-1])
     tokens = [t.token for t in top]
     drawn = siblings[-1] if siblings and siblings[-1].token != MISSING else None
     rest = _without(q, tokens)
     # no draw was made where the others hold all the mass there was
-    drawn_law = rest / rest.sum() if drawn is not None and rest.sum() > 0 else np.zeros_like(q)
-    if drawn is not None and drawn.token in tokens:
+    left = rest.sum() >= LOST_DRAFT_MASS
+    drawn_law = rest / rest.sum() if drawn is not None and left else np.zeros_like(q)
+    if drawn is not None and (drawn.token in tokens or not left):
         drawn = None
     return top, tokens, drawn, drawn_law
 
@@ -350,7 +358,7 @@ def _test_drawn(p: Law, problem: Problem, node: int, siblings: list[Candidate], 
         if problem.proposal == "without_replacement":
             tried.append(x)
             Z = _less(Z, q, tried)
-            if Z <= 0:
+            if Z < LOST_DRAFT_MASS:
                 break
     return _test_chosen(_residual(p, q, 1.0, beta), S, chosen, coins)
 
@@ -494,7 +502,7 @@ def _visit_drawn(
         if problem.proposal == "without_replacement":
             tried.append(x)
             Z = _less(Z, q, tried)
-            if Z <= 0:
+            if Z < LOST_DRAFT_MASS:
                 break
     rest = _residual(p, q, w, beta)
     if chosen:

@@ -86,6 +86,46 @@ def _moved(value: Any, device: torch.device | str) -> Any:
     return value
 
 
+CONFIDENT_KINDS = ("logits", "probabilities", "draft_ids")
+
+
+def confident_draft(gap: float, rule: str, proposal: str, kind: str, vocab: int = 20) -> tuple[Case, list[int]]:
+    """Two calls' worth of one decision: the draft is all but sure of token 0, and then draws token 1.
+
+    Token 0 has no luck with the target, so candidate 1 is tested by its share of the e**-gap that the draft leaves. Two
+    requests have a coin just below and just above what is to be accepted.
+
+    Args:
+        gap: how far below the logit of token 0 that of token 1 is, for the draft; token 2 is 1 lower.
+        rule: of `RULES`.
+        proposal: "without_replacement" or "greedy".
+        kind: of `CONFIDENT_KINDS`: what the rows are.
+        vocab: of the target's rows.
+
+    Returns:
+        the call; each request's first token.
+    """
+    p, q = np.zeros(vocab), np.zeros(vocab)
+    p[:3] = [0.5, 0.3, 0.2]
+    q[:3] = np.exp(np.array([0.0, -gap, -gap - 1.0]))
+    q /= q.sum()
+    drawn = q[1] / (q[1] + q[2])  # the law of the second candidate
+    # "greedy" tests it first, and then offers token 0 what p leaves it; else the first rejection leaves (p - q)_+
+    left, after = (p, 0) if proposal == "greedy" else (np.maximum(p - q, 0.0), 2)
+    accepted = float(left[1] / left.sum() / drawn)
+    rows = [torch.from_numpy(law if kind == "probabilities" else logits_of(law)).float() for law in (p, q)]
+    target, draft = (row.expand(2, 3, vocab) for row in rows)
+    options: dict[str, Any] = {"rule": rule, "proposal": proposal}
+    if kind == "probabilities":
+        options["inputs"] = "probabilities"
+    if kind == "draft_ids":
+        draft, options["draft_ids"] = draft[..., :3], torch.tensor([0, 1, 2])
+    coins = [[0.5, 1 - 2**-24, accepted * (1 + side), 0.5, 0.7] for side in (-1e-4, 1e-4)]
+    uniforms = torch.tensor(coins, dtype=torch.float32)
+    case = Case((target, draft, torch.tensor([[9, 0, 1]] * 2), torch.tensor([-1, 0, 0]), uniforms), options, f"{gap=}")
+    return case, [1, after]
+
+
 FAMILIES = ("near", "far", "ties", "masked", "equal", "peaked", "disjoint", "shifted")
 FAULTS = ("nan-row", "inf-row", "empty-row", "bad-token", "bad-tree", "bad-uniform", "bad-sampling")
 

@@ -105,6 +105,19 @@ def test_hard_rows(temperature: float, proposal: str) -> None:
     assert (found[3:6] == -1).all() and (found[6, 0] >= 0)
 
 
+@pytest.mark.parametrize("proposal", ["without_replacement", "greedy"])
+@pytest.mark.parametrize("vocab", [20, 2050], ids=["a-block", "several-blocks"])
+def test_what_a_confident_row_leaves_is_drawn_from(vocab: int, proposal: str) -> None:
+    """All but e**-gap is one token's: what is left is too light for the units of a law."""
+    gaps = torch.tensor([12.0, 39.0, 41.0, 55.0]).repeat(3)[:, None]
+    logits = fuzzed(len(gaps), vocab, 3) - gaps
+    logits[:, 7] = 0.0
+    logits[::2, vocab - 1] = 3 - gaps[::2, 0] / 2
+    torch_tokens, triton_tokens = both(logits, 4, proposal)
+    assert torch.equal(torch_tokens, triton_tokens)
+    assert (torch_tokens >= 0).all()
+
+
 @pytest.mark.parametrize("proposal", PROPOSALS)
 def test_strided_rows_steps_and_nodes(proposal: str) -> None:
     rows, steps = fuzzed(3, 60, 3), torch.tensor([[4, 9], [5, 9], [2**32 - 1, 9]])

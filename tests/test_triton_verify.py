@@ -65,6 +65,23 @@ def check(case: cases.Case) -> tuple[Verified, int]:
     return found, len(wrong)
 
 
+@pytest.mark.parametrize("kind", cases.CONFIDENT_KINDS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("proposal", ["without_replacement", "greedy"])
+@pytest.mark.parametrize("rule", RULES)
+def test_what_a_confident_draft_leaves_is_a_law(
+    rule: str, proposal: str, schedule: str, kind: str, scheduled: Callable[..., None]
+) -> None:
+    """1 - q is of no use where q is nearly 1, and so is a sum in units of what a law sums up to."""
+    scheduled(schedule)
+    for gap in (12, 39, 41, 60):
+        case, first = cases.confident_draft(gap, rule, proposal, kind)
+        assert check(case)[0].tokens[:, 0].tolist() == first, gap
+    case, _ = cases.confident_draft(63, rule, proposal, kind)
+    case.arguments[4][:, 2] = 0.0  # as lucky as can be, but from as good as nothing
+    assert check(case)[0].length.tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("rule", "proposal"), EVERY)
 def test_equals_the_oracle(rule: str, proposal: str, schedule: str, scheduled: Callable[..., None]) -> None:

@@ -117,6 +117,36 @@ def test_rows_of_very_different_size(
 
 
 @pytest.mark.parametrize("vocab", [20, 8300], ids=["short-rows", "long-rows"])
+@pytest.mark.parametrize("kind", cases.CONFIDENT_KINDS)
+@pytest.mark.parametrize("proposal", ["without_replacement", "greedy"])
+@pytest.mark.parametrize("rule", RULES)
+def test_what_a_confident_draft_leaves_is_a_law(
+    rule: str, proposal: str, kind: str, vocab: int, device: torch.device
+) -> None:
+    """1 - q is of no use where q is nearly 1, and so is a sum in units of what a law sums up to."""
+    for gap in (3, 5, 9, 12, 13, 14, 30, 39, 41, 60):
+        case, first = cases.confident_draft(gap, rule, proposal, kind, vocab)
+        assert check(case, device)[1] == 0
+        there = case.to(device)
+        assert verify(*there.arguments, **there.options).tokens[:, 0].tolist() == first, gap
+
+
+@pytest.mark.parametrize("vocab", [20, 8300], ids=["short-rows", "long-rows"])
+@pytest.mark.parametrize("proposal", ["without_replacement", "greedy"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_candidate_from_as_good_as_nothing_is_passed_over(
+    rule: str, proposal: str, vocab: int, device: torch.device
+) -> None:
+    for gap in (63, 80, 95):
+        case, _ = cases.confident_draft(gap, rule, proposal, "logits", vocab)
+        case.arguments[4][:, 2] = 0.0  # as lucky as can be
+        assert check(case, device)[1] == 0
+        there = case.to(device)
+        found = verify(*there.arguments, **there.options)
+        assert found.length.tolist() == [1, 1] and found.status.tolist() == [0, 0], gap
+
+
+@pytest.mark.parametrize("vocab", [20, 8300], ids=["short-rows", "long-rows"])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_row_that_overflows_when_scaled_has_a_status(rule: str, vocab: int, device: torch.device) -> None:
     target = torch.zeros(2, 3, vocab, device=device)
