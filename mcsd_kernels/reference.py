@@ -280,8 +280,8 @@ def _split_greedy(q: Law, siblings: list[Candidate]) -> tuple[list[Candidate], l
     drawn = siblings[-1] if siblings and siblings[-1].token != MISSING else None
     rest = _without(q, tokens)
     # no draw was made where the others hold all the mass there was
-    left = rest.sum() >= LOST_DRAFT_MASS
-    drawn_law = rest / rest.sum() if drawn is not None and left else np.zeros_like(q)
+    left = not tokens or rest.sum() >= LOST_DRAFT_MASS
+    drawn_law = rest / rest.sum() if drawn is not None and left and rest.sum() > 0 else np.zeros_like(q)
     if drawn is not None and (drawn.token in tokens or not left):
         drawn = None
     return top, tokens, drawn, drawn_law
