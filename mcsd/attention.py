@@ -45,6 +45,8 @@ class TreeStep:
         It travels as the 4-D attention mask, for models that drop unknown keyword arguments.
         """
         batch, rows = self.prefix_lengths.shape[0], self.ancestors.shape[1]
+        if self.same is not None:
+            return torch.nn.functional.pad(self.ancestors.expand(batch, -1, -1), (0, 1), value=self.same)[:, None]
         prefix = self.prefix_lengths.int()[:, None, None].expand(batch, rows, 1)
         return torch.cat([self.ancestors.expand(batch, -1, -1), prefix], -1)[:, None]
 

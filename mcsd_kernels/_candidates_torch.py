@@ -49,7 +49,7 @@ def draw_candidates(
             laws = _laws(rows_torch.take(draft_logits, np.array(some)), sampling.take(some))
             for row, masses, blocks in zip(some, *laws, strict=True):
                 tokens[row] = _draw(draft_logits[row], masses, blocks, k, coins[row], proposal)
-    return torch.tensor(tokens, dtype=torch.int64, device=draft_logits.device).view(rows, k)
+    return torch.from_numpy(np.array(tokens, np.int64).reshape(rows, k)).to(draft_logits.device)
 
 
 def _law_alone(
@@ -102,10 +102,11 @@ def _draws(masses: list[float], blocks: Array, coins: list[tuple[float, float]],
 
 
 def _strike_out(token: int, masses: list[float], blocks: Array) -> None:
-    """Take a token's weight away; its block is summed afresh, so that nothing is left of one used up."""
-    block = token // DRAW_BLOCK
-    blocks[block, token % DRAW_BLOCK] = 0.0
-    masses[block] = float(blocks[block].sum())
+    """Take a token's weight away; what is left of a block is summed afresh if it is little, and so nothing if it is."""
+    block, place = divmod(token, DRAW_BLOCK)
+    left = masses[block] - float(blocks[block, place])
+    blocks[block, place] = 0.0
+    masses[block] = left if left > 0.5 * masses[block] else float(blocks[block].sum())
 
 
 def _most_probable(logits: torch.Tensor, blocks: Array, count: int) -> list[int]:

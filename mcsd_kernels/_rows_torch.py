@@ -258,6 +258,9 @@ def plain_law(logits: torch.Tensor, scale: float, out: Law) -> Status | None:
         if _LEAST_TOTAL < out.total < _MOST_TOTAL:
             return None
         source = _scaled(logits, scale, row)
+    if row.is_cpu:
+        # the same for whatever reads the law: float32 below its normal numbers takes many times as long
+        source = torch.threshold(source, float(source.max()) + _NEXT_TO_NOTHING, -torch.inf, out=row)
     out.total = 1.0
     torch.softmax(source, 0, out=row)
     broken = bool(row[0].isnan())
@@ -266,6 +269,7 @@ def plain_law(logits: torch.Tensor, scale: float, out: Law) -> Status | None:
 
 _LOOKED_AT = 32
 _LOWEST_LOGIT = -80.0
+_NEXT_TO_NOTHING = -75.0  # exp of it, and what it is multiplied by, are normal numbers
 # Within these a row loses no more than by softmax, and factors between two rows stay small.
 _LEAST_TOTAL, _MOST_TOTAL = 0.5, 1e15
 

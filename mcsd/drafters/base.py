@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from mcsd_kernels import SamplingParams
@@ -36,6 +37,7 @@ class State:
             None otherwise.
         scorer: the target with its cache, for a drafter with `reads_cache`; None in a state made by hand.
         prefix: on the device and on the host, how many tokens each request has before its root.
+        shorter: the same without one of them (not below 0), for a drafter that reads the last two tokens.
         tail: `[batch, 2]` int64 on the device: the last two committed tokens; the last one twice, if it is alone.
         coins: a step's number, and `[steps, batch, numbers]` f32 from it on: what the loop gives `verify`. A proposal
             that depends on them is not verified losslessly.
@@ -52,6 +54,7 @@ class State:
     hidden: torch.Tensor | None = None
     scorer: Scorer | None = None
     prefix: Prefix = field(init=False)
+    shorter: Prefix = field(init=False)
     tail: torch.Tensor = field(init=False)
     coins: tuple[int, torch.Tensor] | None = field(init=False, repr=False, default=None)
 
@@ -59,12 +62,16 @@ class State:
         self.refresh()
 
     def refresh(self) -> None:
-        """Bring `prefix` and `tail` up to `sequences`, with one copy to the device."""
+        """Bring `prefix`, `shorter` and `tail` up to `sequences`, with one copy to the device."""
         before = [len(sequence) - 1 for sequence in self.sequences]
-        rows = [(n, s[-2] if n else s[-1], s[-1]) for n, s in zip(before, self.sequences, strict=True)]
-        small = torch.tensor(rows, dtype=torch.int64).to(self.device, non_blocking=True)
-        self.prefix = Prefix(small[:, 0].int(), before)
-        self.tail = small[:, 1:]
+        less = [max(n - 1, 0) for n in before]
+        last, one_before = [s[-1] for s in self.sequences], [s[-2:][0] for s in self.sequences]
+        small = torch.from_numpy(np.array([before, less, one_before, last], np.int64))
+        if self.device.type != "cpu":
+            small = small.to(self.device, non_blocking=True)
+        lengths = small[:2].int()
+        self.prefix, self.shorter = Prefix(lengths[0], before), Prefix(lengths[1], less)
+        self.tail = small[2:].T
 
 
 @dataclass

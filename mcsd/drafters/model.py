@@ -106,5 +106,5 @@ class ModelDrafter(LevelDrafter):
             return read_all(self._scorer, state, self._read_up_to)
         # always two tokens, whatever was accepted, so that shapes and a request's numbers depend on nothing else
         bits, depth = self._chains[self._unread]
-        before = state.prefix if self._unread == 1 else state.prefix.back(1)
+        before = state.prefix if self._unread == 1 else state.shorter
         return self._scorer.score(state.tail[:, -self._unread :], bits, depth, before, last_only=True)[:, -1:]
