@@ -102,11 +102,10 @@ def _draws(masses: list[float], blocks: Array, coins: list[tuple[float, float]],
 
 
 def _strike_out(token: int, masses: list[float], blocks: Array) -> None:
-    """Take a token's weight away; what is left of a block is summed afresh if it is little, and so nothing if it is."""
-    block, place = divmod(token, DRAW_BLOCK)
-    left = masses[block] - float(blocks[block, place])
-    blocks[block, place] = 0.0
-    masses[block] = left if left > 0.5 * masses[block] else float(blocks[block].sum())
+    """Take a token's weight away; its block is summed afresh, so that nothing is left of one used up."""
+    block = token // DRAW_BLOCK
+    blocks[block, token % DRAW_BLOCK] = 0.0
+    masses[block] = float(blocks[block].sum())
 
 
 def _most_probable(logits: torch.Tensor, blocks: Array, count: int) -> list[int]:

@@ -259,8 +259,8 @@ def plain_law(logits: torch.Tensor, scale: float, out: Law) -> Status | None:
             return None
         source = _scaled(logits, scale, row)
     if row.is_cpu:
-        # the same for whatever reads the law: float32 below its normal numbers takes many times as long
-        source = torch.threshold(source, float(source.max()) + _NEXT_TO_NOTHING, -torch.inf, out=row)
+        # float32 below its normal numbers takes many times as long, here and in whatever reads the law
+        source = torch.threshold_(torch.sub(source, source.max(), out=row), _NEXT_TO_NOTHING, -torch.inf)
     out.total = 1.0
     torch.softmax(source, 0, out=row)
     broken = bool(row[0].isnan())
@@ -269,7 +269,7 @@ def plain_law(logits: torch.Tensor, scale: float, out: Law) -> Status | None:
 
 _LOOKED_AT = 32
 _LOWEST_LOGIT = -80.0
-_NEXT_TO_NOTHING = -75.0  # exp of it, and what it is multiplied by, are normal numbers
+_NEXT_TO_NOTHING = -85.0  # beside a largest logit of 0
 # Within these a row loses no more than by softmax, and factors between two rows stay small.
 _LEAST_TOTAL, _MOST_TOTAL = 0.5, 1e15
 

@@ -372,14 +372,21 @@ def laws_at(
         columns = tl.load(columns_ptr + tokens, mask=there, other=-1)
         found = _column_laws(row, columns, columns >= 0)
         if tl.load(columns_ptr + VOCAB) >= 0:
-            # several columns of a token: as whole numbers they have one sum, in whichever order they are chained
-            total, units = found, (found * MASS_UNIT).to(tl.int64)
+            # several columns of a token: as whole numbers, in units of the largest, they have one sum, in whichever
+            # order they are chained
             columns = tl.load(columns_ptr + VOCAB + 1 + columns, mask=columns >= 0, other=-1)
+            following, most = columns, tl.maximum(found, 0.0)
+            while tl.max(following) >= 0:
+                most = tl.maximum(most, _column_laws(row, following, following >= 0))
+                following = tl.load(columns_ptr + VOCAB + 1 + following, mask=following >= 0, other=-1)
+            factor = _power_to_small(most)
+            total, units = found, (found * factor * MASS_UNIT).to(tl.int64)
             while tl.max(columns) >= 0:
                 more = _column_laws(row, columns, columns >= 0)
-                total, units = total + more, units + (more * MASS_UNIT).to(tl.int64)
+                total, units = total + more, units + (more * factor * MASS_UNIT).to(tl.int64)
                 columns = tl.load(columns_ptr + VOCAB + 1 + columns, mask=columns >= 0, other=-1)
-            found = tl.where((total >= 0.0) & (total < LARGEST_SUM), units.to(tl.float32) / MASS_UNIT, total)
+            whole = units.to(tl.float32) / MASS_UNIT / factor
+            found = tl.where((total >= 0.0) & (total < LARGEST_SUM), whole, total)
     return found
 
 

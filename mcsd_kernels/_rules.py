@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 MISSING = -1
 
-# Below this, what subtraction left of the draft's mass is summed afresh: what was subtracted is known to 1e-7 only.
+# Of a computed law: what is subtracted from 1 is known to 1e-7.
 SMALL_DRAFT_MASS = 1e-2
 
 # Less than this is nothing, and later candidates are passed over: float32 does not hold the law that they come from.
@@ -64,6 +64,7 @@ class Tree:
         uniforms: `nodes + 2` numbers; entry i is node i's coin.
         is_virtual: node -> whether it has no target row.
         is_point: node -> whether it was chosen, not drawn, though its proposal draws; None: no node was.
+        rounded: the draft's laws came as probabilities, which need not sum up to 1 in their last digits.
     """
 
     def __init__(
@@ -72,8 +73,11 @@ class Tree:
         uniforms: list[float],
         is_virtual: Callable[[int], bool],
         is_point: Callable[[int], bool] | None = None,
+        rounded: bool = False,
     ) -> None:
         self.children, self.uniforms, self.is_virtual, self.is_point = children, uniforms, is_virtual, is_point
+        # below this, what subtraction left of the draft's mass is summed afresh
+        self.small_mass = 2.0 if rounded else SMALL_DRAFT_MASS
         self.path = [0]
 
     def split(self, siblings: list[Child], p: list[float], q: list[float]) -> tuple[Siblings, Siblings]:
@@ -98,7 +102,7 @@ def recursive(tree: Tree, proposal: str) -> Step:
         p, q = yield Rows(node, [token for _, token in siblings])
         if not siblings:
             return (yield Draw(1.0, 0.0))
-        verdict = yield from test(tree.uniforms, *tree.split(siblings, p, q))
+        verdict = yield from test(tree, *tree.split(siblings, p, q))
         if not isinstance(verdict, tuple):
             return verdict
         node, token = verdict
@@ -107,16 +111,17 @@ def recursive(tree: Tree, proposal: str) -> Step:
         tree.path.append(node)
 
 
-def _test_without_replacement(u: list[float], drawn: Siblings, chosen: Siblings) -> Step:
-    return (yield from _test_drawn(u, drawn, chosen, False))
+def _test_without_replacement(tree: Tree, drawn: Siblings, chosen: Siblings) -> Step:
+    return (yield from _test_drawn(tree, drawn, chosen, False))
 
 
-def _test_with_replacement(u: list[float], drawn: Siblings, chosen: Siblings) -> Step:
-    return (yield from _test_drawn(u, drawn, chosen, True))
+def _test_with_replacement(tree: Tree, drawn: Siblings, chosen: Siblings) -> Step:
+    return (yield from _test_drawn(tree, drawn, chosen, True))
 
 
-def _test_drawn(u: list[float], drawn: Siblings, chosen: Siblings, replaced: bool) -> Step:
+def _test_drawn(tree: Tree, drawn: Siblings, chosen: Siblings, replaced: bool) -> Step:
     """The accepted child, or the token drawn after all were rejected."""
+    u, small = tree.uniforms, tree.small_mass
     beta, S, Z = 0.0, 1.0, 1.0
     tried: list[int] = []
     for i, ((node, x), p, q) in enumerate(drawn):
@@ -134,7 +139,7 @@ def _test_drawn(u: list[float], drawn: Siblings, chosen: Siblings, replaced: boo
         if not replaced:
             tried.append(x)
             Z -= q
-            if Z < SMALL_DRAFT_MASS and i + 1 < len(drawn):
+            if Z < small and i + 1 < len(drawn):  # noqa: SIM300 - Z is no constant
                 Z = yield Mass(0.0, -1.0, tuple(tried))
                 if Z < LOST_DRAFT_MASS:
                     break
@@ -143,13 +148,14 @@ def _test_drawn(u: list[float], drawn: Siblings, chosen: Siblings, replaced: boo
     return (yield from _spend(u, _offers(chosen, 1.0, beta), S, Draw(1.0, beta), None))
 
 
-def _test_point(u: list[float], drawn: Siblings, chosen: Siblings) -> Step:
+def _test_point(tree: Tree, drawn: Siblings, chosen: Siblings) -> Step:
     """Deterministic children: each is offered its own mass."""
-    return (yield from _spend(u, _offers(drawn, 1.0, 0.0), 1.0, Draw(1.0, 0.0), None))
+    return (yield from _spend(tree.uniforms, _offers(drawn, 1.0, 0.0), 1.0, Draw(1.0, 0.0), None))
 
 
-def _test_greedy(u: list[float], drawn: Siblings, chosen: Siblings) -> Step:
+def _test_greedy(tree: Tree, drawn: Siblings, chosen: Siblings) -> Step:
     """The drawn child first, then the most probable ones, each of which is offered its own mass."""
+    u = tree.uniforms
     top = _offers(drawn[:-1], 1.0, 0.0)
     T = tuple(x for _, x, _ in top)
     beta, tested = 0.0, None
@@ -200,7 +206,7 @@ def _spend(u: list[float], offers: list[Offer], left: float, final: Draw, tested
     return tested if token is None else token
 
 
-_RECURSIVE: dict[str, Callable[[list[float], Siblings, Siblings], Step]] = {
+_RECURSIVE: dict[str, Callable[[Tree, Siblings, Siblings], Step]] = {
     "without_replacement": _test_without_replacement,
     "with_replacement": _test_with_replacement,
     "greedy": _test_greedy,
@@ -303,7 +309,7 @@ class _Visit:
 
 
 def _visit_drawn(visit: _Visit, drawn: Siblings, chosen: Siblings, replaced: bool) -> Step:
-    w = visit.w
+    w, small = visit.w, visit.tree.small_mass
     beta, kappa, Z, c = 0.0, 1.0, 1.0, w
     tried: list[int] = []
     for i, ((node, x), p, q) in enumerate(drawn):
@@ -321,7 +327,7 @@ def _visit_drawn(visit: _Visit, drawn: Siblings, chosen: Siblings, replaced: boo
         if not replaced:
             tried.append(x)
             Z -= q
-            if Z < SMALL_DRAFT_MASS and i + 1 < len(drawn):
+            if Z < small and i + 1 < len(drawn):  # noqa: SIM300 - Z is no constant
                 Z = yield Mass(0.0, -1.0, tuple(tried))
                 if Z < LOST_DRAFT_MASS:
                     break

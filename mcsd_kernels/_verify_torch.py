@@ -189,7 +189,8 @@ class Batch:
             return rows is not None and bool(rows[request, node] < 0)
 
         is_point = None if self.points is None else self.points[request].item
-        return rules.Tree(children, self.uniform_lists[request], is_virtual, is_point)
+        rounded = self.draft is not None and self.draft.sampling is None
+        return rules.Tree(children, self.uniform_lists[request], is_virtual, is_point, rounded)
 
     def faults(self) -> Array | None:
         """`[batch]` int32: the status bits that need no row; None if there are none at all."""

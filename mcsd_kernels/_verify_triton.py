@@ -615,6 +615,12 @@ def _with_Z(state, Z):
 
 
 @triton.jit
+def _small_draft_mass(kind):
+    """Below this, what subtraction left of the draft's mass is summed afresh: always of laws that were handed over."""
+    return _SMALL_DRAFT_MASS if kind[2] is None else 2.0
+
+
+@triton.jit
 def _with_c(state, c):
     return (state[0], state[1], state[2], state[3], c)
 
@@ -893,7 +899,7 @@ def _sweep_kernel(
             counts, state = _after_drawn(state, total, probability(q, x, VOCAB), RULE, PROPOSAL == "with_replacement")
             if counts:
                 if PROPOSAL == "without_replacement":
-                    if (state[3] < _SMALL_DRAFT_MASS) & (turn < drawn):
+                    if (state[3] < _small_draft_mass(draft_kind)) & (turn < drawn):
                         q_statistics_ptr = p_statistics_ptr + blocks * 2
                         tried_ptr = links_ptr + nodes * _TRIED + first
                         Z = mass_outside(
@@ -1194,7 +1200,7 @@ def _walk_kernel(
                     if some:
                         swept = child
                         if PROPOSAL == "without_replacement":
-                            if (scalars[3] < _SMALL_DRAFT_MASS) & (following < drawn):
+                            if (scalars[3] < _small_draft_mass(draft_kind)) & (following < drawn):
                                 Z = mass_outside(
                                     q, q_statistics_ptr, links_ptr + nodes * _TRIED + first, following,
                                     VOCAB, COLUMNS, TILE, DRAFT_BLOCKS,

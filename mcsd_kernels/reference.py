@@ -32,10 +32,7 @@ NO_WEIGHT = 1e-30
 """A child that would be entered with less than this share is not entered: traversal would stop there once in 1e30."""
 
 SMALL_DRAFT_MASS = 1e-2
-"""Below this, what subtraction left of the draft's mass is summed afresh over the untried tokens.
-
-Probabilities that came as float32 sum up to 1 give or take 1e-7, nothing beside 1e-2, a tenth of 1e-6.
-"""
+"""Below this, what subtraction left of the draft's mass is summed afresh over the untried tokens."""
 
 LOST_DRAFT_MASS = 2.0**-90
 """With less than this left to draw from, later candidates are passed over: in float32 they have no law to test by."""
@@ -211,12 +208,14 @@ class Problem:
         draft: node -> float64 `[vocab]`, the law that this node's children were drawn from.
         children: node -> its children in draw order, the missing ones among them; none at a leaf.
         proposal: how the children were drawn.
+        rounded: the draft's laws came as probabilities, which need not sum up to 1 in their last digits.
     """
 
     target: Callable[[int], Law]
     draft: Callable[[int], Law]
     children: Callable[[int], list[Candidate]]
     proposal: str
+    rounded: bool = False
 
     def candidates(self, node: int) -> list[Candidate]:
         """The children of a node; a node all of whose children are missing is a leaf."""
@@ -257,10 +256,10 @@ def _split(siblings: list[Candidate]) -> tuple[list[Candidate], list[Candidate]]
     return [s for s in siblings if not s.chosen], [s for s in siblings if s.chosen]
 
 
-def _less(Z: float, q: Law, tried: list[int]) -> float:
+def _less(Z: float, q: Law, tried: list[int], rounded: bool) -> float:
     """The draft mass that is still drawable once the last of `tried` is struck out."""
     Z -= float(q[tried[-1]])
-    return _untried_mass(q, tried) if Z < SMALL_DRAFT_MASS else Z
+    return _untried_mass(q, tried) if rounded or Z < SMALL_DRAFT_MASS else Z
 
 
 def _without(p: Law, tokens: list[int]) -> Law:
@@ -357,7 +356,7 @@ def _test_drawn(p: Law, problem: Problem, node: int, siblings: list[Candidate], 
         beta, S = next_beta, next_S
         if problem.proposal == "without_replacement":
             tried.append(x)
-            Z = _less(Z, q, tried)
+            Z = _less(Z, q, tried, problem.rounded)
             if Z < LOST_DRAFT_MASS:
                 break
     return _test_chosen(_residual(p, q, 1.0, beta), S, chosen, coins)
@@ -501,7 +500,7 @@ def _visit_drawn(
         beta, kappa, c = next_beta, kappa / norm, s / norm
         if problem.proposal == "without_replacement":
             tried.append(x)
-            Z = _less(Z, q, tried)
+            Z = _less(Z, q, tried, problem.rounded)
             if Z < LOST_DRAFT_MASS:
                 break
     rest = _residual(p, q, w, beta)
@@ -813,7 +812,7 @@ class _Request:
                 if i > 0 and self.parents[i] == node
             ]
 
-        problem = Problem(target, draft, children, self.proposal)
+        problem = Problem(target, draft, children, self.proposal, self.draft_inputs == "probabilities")
         try:
             path, token = (recursive if rule == "recursive" else traversal)(problem, coins)
         except UnusableRow as error:

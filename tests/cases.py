@@ -86,7 +86,7 @@ def _moved(value: Any, device: torch.device | str) -> Any:
     return value
 
 
-CONFIDENT_KINDS = ("logits", "probabilities", "draft_ids")
+CONFIDENT_KINDS = ("logits", "probabilities", "draft_ids", "repeated draft_ids")
 
 
 def confident_draft(gap: float, rule: str, proposal: str, kind: str, vocab: int = 20) -> tuple[Case, list[int]]:
@@ -118,8 +118,11 @@ def confident_draft(gap: float, rule: str, proposal: str, kind: str, vocab: int 
     options: dict[str, Any] = {"rule": rule, "proposal": proposal}
     if kind == "probabilities":
         options["inputs"] = "probabilities"
-    if kind == "draft_ids":
-        draft, options["draft_ids"] = draft[..., :3], torch.tensor([0, 1, 2])
+    if "draft_ids" in kind:
+        draft, ids = draft[..., :3], [0, 1, 2]
+        if kind == "repeated draft_ids":
+            draft, ids = torch.nn.functional.pad(draft, (0, 2), value=-200.0), [0, 1, 2, 7, 7]
+        options["draft_ids"] = torch.tensor(ids)
     coins = [[0.5, 1 - 2**-24, accepted * (1 + side), 0.5, 0.7] for side in (-1e-4, 1e-4)]
     uniforms = torch.tensor(coins, dtype=torch.float32)
     case = Case((target, draft, torch.tensor([[9, 0, 1]] * 2), torch.tensor([-1, 0, 0]), uniforms), options, f"{gap=}")

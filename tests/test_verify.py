@@ -131,6 +131,24 @@ def test_what_a_confident_draft_leaves_is_a_law(
         assert verify(*there.arguments, **there.options).tokens[:, 0].tolist() == first, gap
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rule", RULES)
+def test_what_is_left_of_rounded_probabilities_is_summed(rule: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Of 1 - q(0), rounded, a tenth is rounding; the second candidate's law is that of the entries themselves."""
+    q = torch.tensor([1 - 0.0101, 0.00707, 0.00303, 0.0, 0.0], dtype=dtype, device=device)
+    p = torch.tensor([0.0, 0.5, 0.2, 0.2, 0.1], dtype=dtype, device=device)
+    left = (p.double() - q.double()).clamp(min=0)
+    accepted = float(left[1] / left.sum() * (q[1] + q[2]).double() / q[1].double())
+    for side, length in ((-0.01, 2), (0.01, 1)):
+        found = verify(
+            p.expand(1, 3, 5), q.expand(1, 3, 5), torch.tensor([[4, 0, 1]], device=device),
+            torch.tensor([-1, 0, 0], device=device),
+            torch.tensor([[0.5, 0.99, accepted * (1 + side), 0.5, 0.5]], device=device),
+            inputs="probabilities", rule=rule,
+        )  # fmt: skip
+        assert found.length.item() == length
+
+
 @pytest.mark.parametrize("vocab", [20, 8300], ids=["short-rows", "long-rows"])
 @pytest.mark.parametrize("proposal", ["without_replacement", "greedy"])
 @pytest.mark.parametrize("rule", RULES)
@@ -144,6 +162,19 @@ def test_a_candidate_from_as_good_as_nothing_is_passed_over(
         there = case.to(device)
         found = verify(*there.arguments, **there.options)
         assert found.length.tolist() == [1, 1] and found.status.tolist() == [0, 0], gap
+
+
+@pytest.mark.parametrize("vocab", [20, 8300], ids=["short-rows", "long-rows"])
+def test_rows_far_from_zero_are_sound(vocab: int, device: torch.device) -> None:
+    """Their largest entry stays what it is beside numbers that float32 cannot tell from it."""
+    logits = torch.randn(1, 1, vocab, generator=torch.Generator().manual_seed(0)).to(device)
+    logits[0, 0, 5] = 20.0
+    lowest = torch.full_like(logits, torch.finfo(torch.float32).min)
+    one = torch.tensor([[9]], device=device), torch.tensor([-1], device=device), torch.full((1, 3), 0.5, device=device)
+    for rows, temperature in ((logits, 1e-9), (logits * 1e9, 1.0)):
+        found = verify(rows, None, *one, proposal="point", sampling=SamplingParams(temperature=temperature))
+        assert found.tokens.tolist() == [[5]] and found.status.item() == 0
+    assert verify(lowest, None, *one, proposal="point").status.item() == 0
 
 
 @pytest.mark.parametrize("vocab", [20, 8300], ids=["short-rows", "long-rows"])
