@@ -337,6 +337,11 @@ def interpreter_lines(counted: dict[str, Any] | None) -> list[str]:
         "",
         f"The Triton backend in its interpreter, with candidates and coins that Triton drew: {same} (sources",
         f"{counted['kernels']}), {' and '.join(counted['dates'])}, {counted['versions']}.",
+        *(
+            f"Of each pair's requests {earlier['requests']:,} were answered by kernels {earlier['kernels']}; to the "
+            f"first {interpreted.REPLAYED} their successors' answers are the same."
+            for earlier in counted.get("carried", [])
+        ),
         f"The tree {interpreted.TREE} with virtual leaves, {interpreted.VOCAB} tokens; the candidates of a request are",
         "verified by both rules. *Sees* is the total variation, in whatever direction, that so many requests",
         "show nine times in ten by a p below 0.01: the one for which the non-centrality 4 n TV² suffices.",

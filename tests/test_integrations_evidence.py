@@ -155,6 +155,19 @@ def test_the_interpreters_counts_are_kept_and_judged(tmp_path: Path, monkeypatch
     wrong = lossless.judge({**parts, "interpreted": counted})
     assert len(wrong) == 2 and "recursive point" in wrong[0] and "control not seen" in wrong[1]
 
+    # changed kernels take the counts over if they answer the first requests as those before did
+    first = state["pairs"]["traversal greedy"]["first"]
+    first[7], right = "4 4" if first[7] != "4 4" else "3 3", first[7]
+    interpreted.carry_over(state)
+    assert not interpreted.is_current(state) and "carried" not in state
+    first[7] = right
+    interpreted.carry_over(state)
+    assert interpreted.is_current(state)
+    assert state["carried"] == [{"kernels": "others", "requests": 1000}]
+    assert "1,000 were answered by kernels others" in "\n".join(
+        lossless.interpreter_lines({**state, "rows": interpreted.results(state)})
+    )
+
 
 def test_random_calls_hold_and_can_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
