@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -307,3 +308,15 @@ def test_a_mistake_is_named(argument: str, value: Any) -> None:
     }  # fmt: skip
     with pytest.raises(ValueError, match=rf"^{argument}: expected .*, got "):
         draw_candidates(**(arguments | {argument: value}))
+
+
+def test_a_block_that_was_used_up_has_no_mass(device: torch.device) -> None:
+    """What is left of a block after many tokens were struck out is what its other tokens weigh, not old rounding."""
+    logits = torch.full((64, 2048), -torch.inf, device=device)
+    ratios = torch.linspace(0.505, 0.56, 64, device=device)[:, None]  # more than half is left every time
+    logits[:, :29] = torch.arange(29, device=device) * ratios.log()
+    logits[:, 1024:1030] = math.log(1.8e-10)
+    seeds = torch.arange(64, device=device)
+    tokens = draw_candidates(logits, 30, seeds, 0, proposal="greedy")
+    assert tokens[:, :29].tolist() == [list(range(29))] * 64
+    assert ((tokens[:, 29] >= 1024) & (tokens[:, 29] < 1030)).all()
