@@ -128,7 +128,7 @@ def _most_probable(logits: torch.Tensor, blocks: Array, count: int) -> list[int]
     found = []
     for _ in range(min(count, vocab)):
         best = int(values.argmax())  # NaN wins, and has no mass
-        if not law[best] > 0:
+        if not (values[best] > -np.inf and law[best] > 0):
             break
         found.append(best)
         values[best] = -np.inf

@@ -84,8 +84,9 @@ def test_equals_torch(vocab: int, dtype: torch.dtype, sampling: SamplingParams, 
 
 
 def _hard_rows() -> torch.Tensor:
-    """Ties across a block edge, a one-hot row, a run of -inf, and rows that are NaN, +inf and empty."""
-    logits = fuzzed(7, 1100, 1)
+    """Ties across a block edge, a one-hot row, a run of -inf, rows that are NaN, +inf and empty, one of two tokens."""
+    logits = fuzzed(8, 1100, 1)
+    logits[7, 2:] = -torch.inf
     logits[0] = 1.0
     logits[0, 1020:1030] = 2.0
     logits[1] = -torch.inf
