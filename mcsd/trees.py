@@ -45,7 +45,7 @@ class StaticTree:
         parents: `[nodes]` int32, -1 for the root; every node after its parent, siblings in draw order.
         depth: of the deepest node.
         inner: `[inner]` int64, the nodes that have children, ordered by depth and then by number.
-        slots: `[nodes]` int64, each node's place in `inner`; -1 for a leaf.
+        slots: `[nodes + 1]` int32, each node's place in `inner`; -1 for a leaf, and at the end for no node.
         levels: where each depth's part of `inner` begins, and after them its length.
         level_nodes: each depth's part of `inner`, a slice where the numbers follow each other.
         above: for each depth, where its inner nodes' parents stand among the inner nodes one level up; 0 for the root.
@@ -105,7 +105,7 @@ class StaticTree:
             parent_tensor,
             deepest,
             torch.tensor(inner, device=device),
-            torch.tensor([slots.get(node, -1) for node in range(len(parents))], device=device),
+            torch.tensor([slots.get(node, -1) for node in range(len(parents) + 1)], dtype=torch.int32, device=device),
             tuple(levels),
             tuple(_index(inner[first:after], device) for first, after in pairwise(levels)),
             tuple(

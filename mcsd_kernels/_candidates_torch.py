@@ -1,7 +1,6 @@
 """`draw_candidates` in torch: a row's law and its block masses once, then each draw on a few numbers.
 
-Long rows are taken one at a time, short ones together; which it is depends on the vocabulary alone, so that a row's
-candidates do not depend on the rows beside it.
+Rows are taken together where that changes none of their bits: a row's candidates do not depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -37,61 +36,48 @@ def draw_candidates(
     at = step if step_tensor is None else step_tensor
     numbers_drawn = uniform_lists(seeds, 0 if nodes is None else nodes, at, CANDIDATE_STREAM, 2 * draws)
     coins = [list(zip(row[0::2], row[1::2], strict=True)) for row in numbers_drawn]
-    size = rows_torch.chunk_rows(vocab)
-    if size == 1:
-        room = rows_torch.buffers(1, vocab, draft_logits.device)
-        for row in todo:
-            masses, blocks = _law_alone(draft_logits, row, sampling.take([row]), room)
-            tokens[row] = _draw(draft_logits[row], masses, blocks, k, coins[row], proposal)
-    else:
-        for start in range(0, len(todo), size):
-            some = todo[start : start + size]
-            laws = _laws(rows_torch.take(draft_logits, np.array(some)), sampling.take(some))
-            for row, masses, blocks in zip(some, *laws, strict=True):
-                tokens[row] = _draw(draft_logits[row], masses, blocks, k, coins[row], proposal)
+    # with filters a long row's sums may depend on the rows beside it
+    size = rows_torch.chunk_rows(vocab) if sampling.plain is None else max(_PLAIN_ENTRIES // vocab, 1)
+    for start in range(0, len(todo), size):
+        some = todo[start : start + size]
+        together = some[-1] - some[0] < len(some)
+        logits = draft_logits[some[0] : some[-1] + 1] if together else draft_logits[some]
+        for row, masses, blocks in zip(some, *_laws(logits, sampling.take(some)), strict=True):
+            found = _most_probable(draft_logits[row], blocks, k - draws) if k > draws else []
+            tokens[row] = found + _draws(masses, blocks, coins[row], found, proposal == "without_replacement")
     return torch.from_numpy(np.array(tokens, np.int64).reshape(rows, k)).to(draft_logits.device)
 
 
-def _law_alone(
-    logits: torch.Tensor, row: int, sampling: Sampling, room: rows_torch.Buffers
-) -> tuple[list[float], Array]:
-    """One row's law on the host: the masses of its blocks, and the blocks."""
-    if sampling.plain is None or rows_torch.plain_law(logits[row], sampling.plain, room.first_weights):
-        rows_torch.law(logits[row : row + 1], sampling, room.first_weights.row[None], None)
-    return room.sum_blocks(), host(room.first_blocks)
+# of float32, in a core's own cache beside the logits
+_PLAIN_ENTRIES = 1 << 16
 
 
 def _laws(logits: torch.Tensor, sampling: Sampling) -> tuple[list[list[float]], Array]:
-    """The same for several rows."""
+    """The laws of some rows on the host: the masses of their blocks, and the blocks."""
     rows, vocab = logits.shape
     room = rows_torch.buffers(rows, vocab, logits.device)
-    weights, blocks = room.weights[:rows], room.blocks[:rows]
-    rows_torch.law(logits, sampling, weights[:, :vocab], None)
+    weights, blocks, _ = room.first(rows)
+    if sampling.plain is not None and logits.is_cpu:
+        return rows_torch.plain_laws(logits, sampling.plain, room), host(blocks)
+    rows_torch.law(logits, sampling, weights, None)
     return blocks.sum(-1).tolist(), host(blocks)
 
 
-def _draw(
-    logits: torch.Tensor, masses: list[float], blocks: Array, k: int, coins: list[tuple[float, float]], proposal: str
+def _draws(
+    masses: list[float], blocks: Array, coins: list[tuple[float, float]], without: list[int], struck_out: bool
 ) -> list[int]:
-    """The k candidates of a row; its law is written."""
-    found = _most_probable(logits, blocks, k - len(coins)) if k > len(coins) else []
-    if coins:
-        for token in found:
-            if token >= 0:
-                _strike_out(token, masses, blocks)
-        found += _draws(masses, blocks, coins, proposal == "without_replacement")
-    return found
-
-
-def _draws(masses: list[float], blocks: Array, coins: list[tuple[float, float]], struck_out: bool) -> list[int]:
     """Tokens by inverse CDF; without replacement a drawn token's weight is gone afterwards.
 
     Args:
-        masses: the sums of the blocks; written if `struck_out`, as are these.
+        masses: the sums of the blocks; written where a token's weight goes, as are these.
         blocks: `[blocks, DRAW_BLOCK]` f32 weights.
         coins: a pair of uniform numbers for each draw.
+        without: tokens whose weight goes before the first draw.
         struck_out: draw without replacement.
     """
+    for certain in without if coins else ():
+        if certain != MISSING:
+            _strike_out(certain, masses, blocks)
     found: list[int] = []
     for u_block, u_place in coins:
         if struck_out and found and found[-1] != MISSING:

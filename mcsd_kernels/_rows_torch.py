@@ -123,6 +123,13 @@ class Law:
         self.row, self.total = row, 1.0
         # the same memory for NumPy, whose single entries are quicker to read
         self._numbers = host(row) if row.is_cpu else None
+        self._start: Law | None = None
+
+    def start(self, count: int) -> Law:
+        """The first entries as room for a shorter law."""
+        if self._start is None or len(self._start.row) != count:
+            self._start = Law(self.row[:count])
+        return self._start
 
     def at(self, tokens: list[int]) -> list[float]:
         """The probabilities of some tokens, on the host; a token below 0 has none."""
@@ -137,12 +144,12 @@ class Columns(Law):
     """A law over some of the vocabulary's tokens; no other token has any probability.
 
     Args:
-        row: `[columns]` f32.
+        room: where it lies, on the CPU.
         ids: `[columns]` int64, each column's token, ascending.
     """
 
-    def __init__(self, row: torch.Tensor, ids: torch.Tensor) -> None:
-        super().__init__(row)
+    def __init__(self, room: Law, ids: torch.Tensor) -> None:
+        self.row, self.total, self._numbers = room.row, 1.0, room._numbers
         self.ids, self._known = ids, host(ids)
 
     def at(self, tokens: list[int]) -> list[float]:
@@ -170,6 +177,15 @@ class Buffers:
         self.first_blocks, self.first_masses = self.blocks[0], self.masses[0]
         # the same memory for NumPy; from another device, a draw fetches the one block it needs
         self.on_host = (self.first_masses.numpy(), self.first_blocks.numpy()) if device.type == "cpu" else None
+        self._vocab = vocab
+        self._first: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def first(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the first rows the weights without their padding, the blocks of the weights, and room for their masses."""
+        if rows not in self._first:
+            with torch.inference_mode(False):
+                self._first[rows] = self.weights[:rows, : self._vocab], self.blocks[:rows], self.masses[:rows]
+        return self._first[rows]
 
     def sum_blocks(self) -> list[float]:
         """The masses of the first row's blocks."""
@@ -250,28 +266,66 @@ def plain_law(logits: torch.Tensor, scale: float, out: Law) -> Status | None:
         what is wrong with the row, or None.
     """
     row = out.row
-    source = _scaled(logits, scale, row)
-    # two passes instead of softmax's four: the total says whether the largest logit had to be known first. A few
-    # entries say whether many exponentials would vanish, which takes ten times as long
-    if row.is_cpu and min(source[:: max(len(row) // _LOOKED_AT, 1)].tolist()) > _LOWEST_LOGIT:
+    # two passes instead of softmax's four: the total says whether the largest logit had to be known first
+    if row.is_cpu and _is_shallow(host(source := _scaled(logits, scale, row))):
         out.total = float(torch.exp(source, out=row).sum())
         if _LEAST_TOTAL < out.total < _MOST_TOTAL:
             return None
-        source = _scaled(logits, scale, row)
+    out.total = 1.0
+    return _stable_law(logits, scale, row)
+
+
+def plain_laws(logits: torch.Tensor, scale: float, room: Buffers) -> list[list[float]]:
+    """`plain_law` of several rows on the CPU; each comes out as it would by itself.
+
+    Args:
+        logits: `[rows, vocab]` f16, bf16 or f32; not written.
+        scale: 1 / temperature.
+        room: its first weights get the laws; a row with something wrong has no mass.
+
+    Returns:
+        the masses of each row's blocks.
+    """
+    out, blocks, sums = room.first(len(logits))
+    source = _scaled(logits, scale, out)
+    shallow = [_is_shallow(row) for row in host(source)]
+    if all(shallow):
+        torch.exp(source, out=out)
+    else:
+        for row, is_shallow in enumerate(shallow):
+            if is_shallow:
+                torch.exp(source[row], out=out[row])
+    masses: list[list[float]] = torch.sum(blocks, -1, out=sums).tolist()
+    for row, is_shallow in enumerate(shallow):
+        if not (is_shallow and _LEAST_TOTAL < sum(masses[row]) < _MOST_TOTAL):
+            if _stable_law(logits[row], scale, out[row]) is not None:
+                out[row] = 0.0
+            masses[row] = blocks[row].sum(-1).tolist()
+    return masses
+
+
+def _is_shallow(row: Array) -> bool:
+    """Whether few exponentials are likely to vanish, which take ten times as long, by a few of a row's entries."""
+    entry, count = row.item, len(row)
+    return all([entry(i) > _LOWEST_LOGIT for i in range(0, count, max(count // _LOOKED_AT, 1))])
+
+
+def _stable_law(logits: torch.Tensor, scale: float, row: torch.Tensor) -> Status | None:
+    """`plain_law` of any row, with a total of 1."""
+    source = _scaled(logits, scale, row)
     if row.is_cpu:
         # float32 below its normal numbers takes many times as long, here and in whatever reads the law
         source = torch.threshold_(torch.sub(source, source.max(), out=row), _NEXT_TO_NOTHING, -torch.inf)
-    out.total = 1.0
     torch.softmax(source, 0, out=row)
     broken = bool(row[0].isnan())
     return Status(int(_diagnose(logits[None], np.zeros(1, np.int64))[0])) if broken else None
 
 
-_LOOKED_AT = 32
+_LOOKED_AT = 8
 _LOWEST_LOGIT = -80.0
 _NEXT_TO_NOTHING = -85.0  # beside a largest logit of 0
-# Within these a row loses no more than by softmax, and factors between two rows stay small.
-_LEAST_TOTAL, _MOST_TOTAL = 0.5, 1e15
+# Within these a row keeps what is 2^-90 of it and more, and factors between two rows stay within float32.
+_LEAST_TOTAL, _MOST_TOTAL = 1e-8, 1e20
 
 
 def greedy_law(logits: torch.Tensor, out: Law) -> Status | None:

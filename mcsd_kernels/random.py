@@ -105,8 +105,8 @@ def philox_on_host(counter: Array, key: Array) -> Array:
     return words
 
 
-# Up to so many counters are faster one by one.
-_ONE_BY_ONE = 4
+# Up to so many counters are sooner done one by one; after a forward, with cold caches, it would be twice as many.
+_ONE_BY_ONE = 12
 _MULTIPLIER_COLUMN, _WEYL_COLUMN = np.array(_MULTIPLIERS, np.uint64), np.array(_WEYL, np.uint64)
 _WORD_U64, _HALF = np.uint64(_WORD), np.uint64(32)
 

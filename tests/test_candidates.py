@@ -213,6 +213,40 @@ def test_a_row_draws_the_same_wherever_it_stands(proposal: str, device: torch.de
     assert torch.equal(draw(every, broken)[others], whole[others]), "a NaN neighbour"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [700, 9000, 70_000])
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_a_row_draws_the_same_beside_any_other(
+    proposal: str, vocab: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Without filters, where rows are taken together: some far from zero, some of few tokens, some broken."""
+    generator = torch.Generator().manual_seed(vocab)
+    rows = torch.randn(10, vocab, generator=generator) * 2
+    rows[1:6] += torch.tensor([-17.0, -60.0, 60.0, 30.0, -25.0])[:, None]
+    rows[6] *= 15
+    rows[7, 3:] = -torch.inf
+    rows[8, 5] = torch.nan
+    rows[9] = -torch.inf
+    rows = rows.to(dtype)
+    seeds = torch.randint(-(2**63), 2**63 - 1, (10,), generator=generator)
+
+    def draw(index: list[int]) -> list[list[int]]:
+        some = torch.tensor(index)
+        found = draw_candidates(
+            rows[some].to(device), 4, seeds[some].to(device), 5, proposal=proposal, nodes=some.to(device)
+        )
+        tokens: list[list[int]] = found.tolist()
+        return tokens
+
+    together = draw(list(range(10)))
+    assert [draw([row])[0] for row in range(10)] == together
+    assert draw([9, 6, 0, 8, 2]) == [together[row] for row in (9, 6, 0, 8, 2)]
+    for row in range(8):
+        q = reference.row_law(rows[row], 1.0)
+        assert together[row] == oracle_draws(q, 4, int(seeds[row]), 5, row, proposal), f"row {row}"
+    assert together[8:] == [[-1] * 4] * 2
+
+
 def test_seed_step_and_node_all_count(device: torch.device) -> None:
     logits = torch.zeros(1, 1000, device=device)
 

@@ -98,7 +98,10 @@ def test_equals_the_oracle_on_long_rows(rule: str, proposal: str, device: torch.
 
 @pytest.mark.parametrize(("rule", "proposal"), EVERY)
 @pytest.mark.parametrize("vocab", [20, 8300], ids=["short-rows", "long-rows"])
-@pytest.mark.parametrize(("top", "gap"), [((87, -12), 2), ((60, 0), 30), ((-10, 30), 30), ((1, 33), 40), ((0, 0), 70)])
+@pytest.mark.parametrize(
+    ("top", "gap"),
+    [((87, -12), 2), ((60, 0), 30), ((-10, 30), 30), ((45, -17), 9), ((-17, 45), 30), ((1, 33), 40), ((0, 0), 70)],
+)
 def test_rows_of_very_different_size(
     top: tuple[int, int], gap: int, vocab: int, rule: str, proposal: str, device: torch.device
 ) -> None:

@@ -77,7 +77,7 @@ class Plan:
                     (state.seeds.repeat_interleave(count), draw.nodes[:count].repeat(batch), repeat(law, count))
                 )
             draws.append(calls)
-        starts, row = tree.levels, tree.slots.clamp(min=0)
+        starts, row = tree.levels, tree.slots[:-1].clamp(min=0)
         if shares_rows:
             starts, row = tuple(range(tree.depth + 1)), tree.node_depth.clamp(max=tree.depth - 1)
         first = torch.arange(batch, device=state.device)[:, None] * starts[-1]
@@ -118,7 +118,7 @@ class Plan:
                 nodes=numbers,
             ).view(batch, -1, draw.width)
             if token_of is not None:
-                children = token_of[children]  # a missing child, -1, finds the -1 at the end
+                children = token_of.take(children)  # a missing child, -1, finds the -1 at the end
             if goes_on is not None:
                 some_go_on = goes_on if draw.rows is None else goes_on[:, draw.rows]
                 children = children.masked_fill(~some_go_on[..., None], -1)

@@ -77,8 +77,8 @@ class ModelDrafter(LevelDrafter):
         tree = self._plan.tree
         if len(tree.inner) == tree.depth:
             return  # what was read is a chain, which lies in place
-        slots = tree.slots[path.clamp(0, tree.nodes - 1).long()]
-        slots = torch.where((path < 0) | (path >= tree.nodes), -1, slots).int()
+        # -1 and other drafters' nodes find the -1 at the end
+        slots = tree.slots.take(path.clamp(max=tree.nodes).long())
         self._scorer.keep(state.prefix, slots, (slots >= 0).sum(1, dtype=torch.int32))
 
     def end(self) -> None:
