@@ -50,6 +50,14 @@ class TreeStep:
         prefix = self.prefix_lengths.int()[:, None, None].expand(batch, rows, 1)
         return torch.cat([self.ancestors.expand(batch, -1, -1), prefix], -1)[:, None]
 
+    def placeholder(self) -> torch.Tensor:
+        """`[batch, 1, rows, words]`: a mask that says nothing, and only keeps a model from making one of its own.
+
+        It is enough where every layer takes the tree by keyword; its dtype tells it from `packed`.
+        """
+        expanded = self.ancestors.expand(self.prefix_lengths.shape[0], -1, -1)
+        return expanded.view(torch.float32)[:, None]
+
     def mask(self, total: int) -> torch.Tensor:
         """`[batch or 1, 1, rows, total]` bool, without a sliding window."""
         if total not in self._masks:

@@ -239,6 +239,7 @@ class TreeCache(Cache):
     def reset(self, capacity: int) -> None:
         """Make ready for other texts in the same memory."""
         self.capacity = max(self.capacity, capacity)
+        self.may_skip = False
         with torch.inference_mode():
             for store in self._stores.values():
                 store.reset()

@@ -273,9 +273,8 @@ class Scorer:
         step = TreeStep(ancestors, lengths, self.cache.before(lengths), same)
         options: dict[str, Any] = {"logits_to_keep": wanted} if wanted < tokens.shape[1] and self._last_only else {}
         if self.tree:
-            # where every layer took the tree by keyword last time, a 4-D mask only keeps the model from making its own
-            mask = step.ancestors[:, None] if self.cache.may_skip else step.packed()
-            options |= {"attention_mask": mask.expand(tokens.shape[0], -1, -1, -1), "mcsd_tree": step}
+            mask = step.placeholder() if self.cache.may_skip else step.packed()
+            options |= {"attention_mask": mask, "mcsd_tree": step}
         else:
             options |= {"attention_mask": self._additive(step)}
         output = self.model(

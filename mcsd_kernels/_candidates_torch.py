@@ -36,12 +36,13 @@ def draw_candidates(
     at = step if step_tensor is None else step_tensor
     numbers_drawn = uniform_lists(seeds, 0 if nodes is None else nodes, at, CANDIDATE_STREAM, 2 * draws)
     coins = [list(zip(row[0::2], row[1::2], strict=True)) for row in numbers_drawn]
-    # with filters a long row's sums may depend on the rows beside it
-    size = rows_torch.chunk_rows(vocab) if sampling.plain is None else max(_PLAIN_ENTRIES // vocab, 1)
+    # with filters, and off the CPU, a long row's sums may depend on the rows beside it
+    plain = sampling.plain is not None and draft_logits.is_cpu
+    size = max(_PLAIN_ENTRIES // vocab, 1) if plain else rows_torch.chunk_rows(vocab)
     for start in range(0, len(todo), size):
         some = todo[start : start + size]
-        together = some[-1] - some[0] < len(some)
-        logits = draft_logits[some[0] : some[-1] + 1] if together else draft_logits[some]
+        adjacent = some[-1] - some[0] < len(some)  # no row between them was refused
+        logits = draft_logits[some[0] : some[-1] + 1] if adjacent else draft_logits[some]
         for row, masses, blocks in zip(some, *_laws(logits, sampling.take(some)), strict=True):
             found = _most_probable(draft_logits[row], blocks, k - draws) if k > draws else []
             tokens[row] = found + _draws(masses, blocks, coins[row], found, proposal == "without_replacement")

@@ -122,7 +122,7 @@ class Law:
     def __init__(self, row: torch.Tensor) -> None:
         self.row, self.total = row, 1.0
         # the same memory for NumPy, whose single entries are quicker to read
-        self._numbers = host(row) if row.is_cpu else None
+        self._numbers: Array | None = host(row) if row.is_cpu else None
         self._start: Law | None = None
 
     def start(self, count: int) -> Law:
@@ -149,7 +149,7 @@ class Columns(Law):
     """
 
     def __init__(self, room: Law, ids: torch.Tensor) -> None:
-        self.row, self.total, self._numbers = room.row, 1.0, room._numbers
+        self.row, self.total, self._numbers, self._start = room.row, 1.0, room._numbers, None
         self.ids, self._known = ids, host(ids)
 
     def at(self, tokens: list[int]) -> list[float]:
@@ -183,6 +183,8 @@ class Buffers:
     def first(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of the first rows the weights without their padding, the blocks of the weights, and room for their masses."""
         if rows not in self._first:
+            if len(self._first) == _MOST_VIEWS:
+                self._first.clear()
             with torch.inference_mode(False):
                 self._first[rows] = self.weights[:rows, : self._vocab], self.blocks[:rows], self.masses[:rows]
         return self._first[rows]
@@ -198,8 +200,8 @@ class Buffers:
         return pick(masses, self.on_host[1] if self.on_host else self.first_blocks, u_block, u_place)
 
 
-# A loop comes back with the target's vocabulary and the draft's in turn.
-_MOST_KEPT = 4
+# A loop comes back with the target's vocabulary and the draft's in turn, and with the rows of its tree's levels.
+_MOST_KEPT, _MOST_VIEWS = 4, 64
 _kept = threading.local()
 
 
@@ -266,11 +268,13 @@ def plain_law(logits: torch.Tensor, scale: float, out: Law) -> Status | None:
         what is wrong with the row, or None.
     """
     row = out.row
-    # two passes instead of softmax's four: the total says whether the largest logit had to be known first
-    if row.is_cpu and _is_shallow(host(source := _scaled(logits, scale, row))):
-        out.total = float(torch.exp(source, out=row).sum())
-        if _LEAST_TOTAL < out.total < _MOST_TOTAL:
-            return None
+    if row.is_cpu:
+        # two passes instead of softmax's four: the total says whether the largest logit had to be known first
+        source = _scaled(logits, scale, row)
+        if _is_shallow(host(source)):
+            out.total = float(torch.exp(source, out=row).sum())
+            if _LEAST_TOTAL < out.total < _MOST_TOTAL:
+                return None
     out.total = 1.0
     return _stable_law(logits, scale, row)
 
@@ -288,16 +292,17 @@ def plain_laws(logits: torch.Tensor, scale: float, room: Buffers) -> list[list[f
     """
     out, blocks, sums = room.first(len(logits))
     source = _scaled(logits, scale, out)
-    shallow = [_is_shallow(row) for row in host(source)]
+    shallow = [_is_shallow(some) for some in host(source)]
     if all(shallow):
         torch.exp(source, out=out)
-    else:
-        for row, is_shallow in enumerate(shallow):
-            if is_shallow:
+    else:  # the other rows are done below, and until then hold what was there before
+        for row in range(len(shallow)):
+            if shallow[row]:
                 torch.exp(source[row], out=out[row])
     masses: list[list[float]] = torch.sum(blocks, -1, out=sums).tolist()
-    for row, is_shallow in enumerate(shallow):
-        if not (is_shallow and _LEAST_TOTAL < sum(masses[row]) < _MOST_TOTAL):
+    for row, mass in enumerate(masses):
+        stands = shallow[row] and _LEAST_TOTAL < sum(mass) < _MOST_TOTAL
+        if not stands:
             if _stable_law(logits[row], scale, out[row]) is not None:
                 out[row] = 0.0
             masses[row] = blocks[row].sum(-1).tolist()
@@ -307,7 +312,7 @@ def plain_laws(logits: torch.Tensor, scale: float, room: Buffers) -> list[list[f
 def _is_shallow(row: Array) -> bool:
     """Whether few exponentials are likely to vanish, which take ten times as long, by a few of a row's entries."""
     entry, count = row.item, len(row)
-    return all([entry(i) > _LOWEST_LOGIT for i in range(0, count, max(count // _LOOKED_AT, 1))])
+    return all(entry(place) > _LOWEST_LOGIT for place in range(0, count, max(count // _LOOKED_AT, 1)))
 
 
 def _stable_law(logits: torch.Tensor, scale: float, row: torch.Tensor) -> Status | None:
@@ -324,8 +329,8 @@ def _stable_law(logits: torch.Tensor, scale: float, row: torch.Tensor) -> Status
 _LOOKED_AT = 8
 _LOWEST_LOGIT = -80.0
 _NEXT_TO_NOTHING = -85.0  # beside a largest logit of 0
-# Within these a row keeps what is 2^-90 of it and more, and factors between two rows stay within float32.
-_LEAST_TOTAL, _MOST_TOTAL = 1e-8, 1e20
+# Within these a row keeps what is 1e-34 of it and more, and factors between two rows stay within float32.
+_LEAST_TOTAL, _MOST_TOTAL = 1e-4, 1e20
 
 
 def greedy_law(logits: torch.Tensor, out: Law) -> Status | None:

@@ -212,6 +212,27 @@ def test_a_model_that_drops_the_tree_keeps_whole_windows() -> None:
     assert (found - plain_logits(model, text)).abs().max() < 1e-4
 
 
+def test_a_model_that_begins_to_drop_the_tree_is_refused() -> None:
+    """Once every layer has taken the tree by keyword the mask says nothing, and must not be taken for a tree."""
+    model = tiny()
+    scorer, text = Scorer(model, 100), prompt(21, 1)
+    wanted = plain_logits(model, text)
+    forward = model.forward
+    with torch.inference_mode(), scorer.attending():
+
+        def score() -> torch.Tensor:
+            scorer.prefill(torch.tensor([text[:-1]]), [20])
+            return scorer.score(torch.tensor([text[-1:]]), chain_bits(1), None, [20])[0, 0]
+
+        assert (score() - wanted).abs().max() < 1e-4
+        model.forward = lambda **options: forward(**{k: v for k, v in options.items() if k != "mcsd_tree"})
+        with pytest.raises(RuntimeError, match="no token tree"):
+            score()
+        scorer.cache.reset(100)  # another generation finds out again
+        assert (score() - wanted).abs().max() < 1e-4
+    del model.forward
+
+
 def test_the_first_tree_may_bring_the_prompt_along() -> None:
     model = tiny()
     shape = StaticTree.of(parents_of((3, 2, 2)))
