@@ -181,6 +181,8 @@ def _interactive(pair: Pair, prompt: str, compare: bool) -> None:
         console.print("the tokens are those of plain decoding" if same else _difference(run), style="dim")
     elif run.plain:
         console.print("another text than plain decoding drew, from the same law", style="dim")
+    if run.plain:
+        console.print("one run of each, which other work disturbs; `mcsd bench` takes several prompts", style="dim")
     for line in complaints(run):
         console.print(line, style="yellow")
     _leave(run)
@@ -375,7 +377,7 @@ def tune(
     if picture is not None and picture.resolve() == output.resolve():
         raise ValueError(f"output: expected another file than the picture's, got {output}")
     texts = [prompt.text for prompt in read_prompts(prompt_file)] if prompt_file else list(BENCH_PROMPTS)
-    pair = _load(settings, quiet=as_json)
+    pair = _load(settings, quiet=as_json, tree=False)
     profile = _tuned(pair, texts[:prompts], nodes, depth, width, quiet=as_json)
     profile.save(output)
     if picture is not None:
@@ -509,8 +511,8 @@ def _bench_row(prompt: str | None, runs: list[Run]) -> dict[str, Any]:
     }
 
 
-def _load(settings: Settings, quiet: bool) -> Pair:
-    """Load the models; says what runs unless `quiet`."""
+def _load(settings: Settings, quiet: bool, tree: bool = True) -> Pair:
+    """Load the models; says what runs unless `quiet`, and `tree` or not, see `header`."""
     from .screen import header, stderr, waiting
 
     with waiting(f"loading {settings.target}", quiet):
@@ -518,7 +520,7 @@ def _load(settings: Settings, quiet: bool) -> Pair:
 
         pair = Pair(settings)
     if not quiet:
-        for line in header(pair, _threads()):
+        for line in header(pair, _threads(), tree):
             stderr().print(line, style="dim", soft_wrap=True)
         for difference in settings.tuned.differences(pair.describe()) if settings.tuned else ():
             stderr().print(f"the profile was measured with {difference}", style="yellow", soft_wrap=True)

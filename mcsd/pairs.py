@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from mcsd_kernels import SamplingParams
+
 from .adaptive import AdaptiveDrafter
 from .decode import _drafter, generate
 from .draft_model import BUNDLED_DRAFTS, DEFAULT_DRAFT, WEIGHTS_FILE, load_draft
@@ -127,6 +129,7 @@ class Pair:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.device = resolve_device(settings.device)
+        SamplingParams(**self.sampling())  # refuses what is out of range before anything is loaded
         with quiet_transformers(), loading("target", settings.target):
             self.target, self.tokenizer = load_target(settings.target, dtype=settings.dtype, device=self.device)
         self.draft_name = settings.draft or (DEFAULT_DRAFT if settings.target == DEFAULT_TARGET else NGRAM)
@@ -195,11 +198,13 @@ class Pair:
         """`[1, length]` int64 on the target's device.
 
         Raises:
-            ValueError: no token comes of it, or it is no Unicode.
+            ValueError: no token comes of it, it is no Unicode, or there is nothing to answer.
         """
         if any("\ud800" <= character <= "\udfff" for character in prompt):  # bytes of another encoding
             raise ValueError(f"prompt: expected text in Unicode, got {prompt!r}")
         if self.chat:
+            if not prompt.strip():
+                raise ValueError(f"prompt: expected some text, got {prompt!r}")
             messages = [{"role": "user", "content": prompt}]
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -52,12 +52,13 @@ def waiting(text: str, quiet: bool = False) -> Iterator[None]:
 
 
 class Progress:
-    """A line on a terminal that says what is being done and how much of it; a context manager."""
+    """Says what is being done: on a terminal a line with how much of it, else a line for each; a context manager."""
 
     def __init__(self, quiet: bool = False) -> None:
-        console = stderr()
-        lively = console.is_terminal and not quiet
-        self._live = Live(console=console, auto_refresh=False, transient=True) if lively else None
+        self._console = stderr()
+        lively = self._console.is_terminal and not quiet
+        self._live = Live(console=self._console, auto_refresh=False, transient=True) if lively else None
+        self._quiet, self._said = quiet, ""
 
     def __enter__(self) -> Progress:
         if self._live:
@@ -72,6 +73,9 @@ class Progress:
         """Say it."""
         if self._live:
             self._live.update(Text(f"{what}: {done} of {of} ...", style="dim"), refresh=True)
+        elif not self._quiet and what != self._said:
+            self._console.print(f"{what} ...", style="dim", markup=False, soft_wrap=True)
+        self._said = what
 
 
 class Detokenizer:
@@ -207,13 +211,13 @@ class Stream:
             self._drawn = time.perf_counter()
 
 
-def header(pair: Pair, threads: int) -> list[str]:
-    """What runs, in a few lines."""
+def header(pair: Pair, threads: int, tree: bool) -> list[str]:
+    """What runs, in a few lines; `tree`: with the tree, and how it is drawn and verified."""
     where = f"{pair.device}, {threads} thread{'s' * (threads != 1)}" if pair.device.type == "cpu" else str(pair.device)
     lines = [
         f"target {pair.settings.target} · draft {pair.draft_name} · {pair.dtype} on {where}",
-        f"tree {pair.tree} · proposal {pair.drafter.proposal} · rule {pair.settings.chosen_rule} · "
-        f"temperature {pair.settings.temperature:g}",
+        (f"tree {pair.tree} · proposal {pair.drafter.proposal} · rule {pair.settings.chosen_rule} · " if tree else "")
+        + f"temperature {pair.settings.temperature:g}",
     ]
     if pair.dtype != "float32":
         lines.append(f"{pair.dtype} does not promise the tokens of plain greedy decoding; --dtype float32 does")
@@ -329,8 +333,9 @@ def diagnostics_table(summary: dict[str, Any]) -> Table:
 
 def diagnostics_line(summary: dict[str, Any]) -> str:
     """The whole recording in a line."""
+    calls = f"{summary['steps']} target call{'s' * (summary['steps'] != 1)}"
     return (
-        f"{summary['steps']} target calls, {summary['tokens_per_call']:.2f} tokens per call, MCSD's acceptance rate "
+        f"{calls}, {summary['tokens_per_call']:.2f} tokens per call, MCSD's acceptance rate "
         f"{summary['mcsd_acceptance_rate']:.2f}; expected: of the recursive rule, given the candidates; α*: what no "
         "lossless rule exceeds, drawing with replacement and without"
     )

@@ -90,7 +90,9 @@ class Settings:
     min_p: Annotated[float, typer.Option(help="Keep tokens of at least this share of the largest probability.")] = 0.0
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest continuation.")] = 128
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...; auto: bfloat16 where the device has it.")] = "auto"
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, ...; auto: bfloat16 where the device is faster in it.")
+    ] = "auto"
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")] = "auto"
     chat: Annotated[
         bool | None,

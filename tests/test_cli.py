@@ -149,6 +149,13 @@ def test_prompt_or_batch_file(pair_options: list[str]) -> None:
 
 def test_empty_prompt_is_refused(pair_options: list[str]) -> None:
     assert "at least one token" in failure(call("generate", "--json", *pair_options, "--raw", ""))
+    for nothing in ("", " \n"):
+        assert "prompt: expected some text" in failure(call("generate", "--json", *pair_options, "--chat", nothing))
+
+
+def test_what_is_out_of_range_is_refused_before_a_model_is_loaded() -> None:
+    line = failure(call("generate", "--target", "./nowhere", "--top-p", "0", "Hello"))
+    assert "top_p: expected a value in (0.0, 1.0], got 0.0" in line
 
 
 def test_chat_needs_a_template(folders: dict[str, Path]) -> None:
@@ -540,6 +547,8 @@ def test_tune_writes_a_profile_that_generate_uses(pair_options: list[str], tmp_p
     assert result.exit_code == 0, result.output
     for word in ("plain decoding", "chosen:", "4,2,2*", "without repl."):
         assert word in result.stdout
+    assert len([line for line in result.stderr.splitlines() if line.endswith(" ...")]) >= 2, "what is being done"
+    assert "tree " not in result.stderr.split("\n")[1], "the tree is what is looked for"
     row = json.loads(call("generate", "--json", *pair_options, "--profile", str(profile), "Hello").stdout)
     found = json.loads(profile.read_text())
     assert row["settings"]["parents"] == found["parents"]

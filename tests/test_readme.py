@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,15 @@ def test_block_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip()
 
 
+def test_a_folder_of_the_name_hides_nothing(tmp_path: Path) -> None:
+    """Scripts may lie beside a clone, which is a folder called mcsd as well."""
+    (tmp_path / "mcsd").mkdir()
+    found = subprocess.run(
+        [sys.executable, "-c", "import mcsd; print(mcsd.generate)"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert found.returncode == 0 and "function generate" in found.stdout, found.stderr
+
+
 def test_there_are_blocks() -> None:
     assert len(BLOCKS) >= 2
 
@@ -27,7 +38,12 @@ def test_there_are_blocks() -> None:
 def test_named_files_exist() -> None:
     """Links, and the paths in the file map; a bare name belongs to the folder named before it in its row."""
     for link in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
-        assert (ROOT / link).exists(), link
+        path, _, anchor = link.partition("#")
+        assert (ROOT / path).exists(), link
+        headings = re.findall(r"^#+ (.*)", (ROOT / path).read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings], (
+            link
+        )
     table = README.split("## Where things are")[1].split("## Citation")[0]
     for row in table.splitlines():
         folder = ROOT
