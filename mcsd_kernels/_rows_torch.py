@@ -285,10 +285,10 @@ def plain_laws(logits: torch.Tensor, scale: float, room: Buffers) -> list[list[f
     Args:
         logits: `[rows, vocab]` f16, bf16 or f32; not written.
         scale: 1 / temperature.
-        room: its first weights get the laws; a row with something wrong has no mass.
+        room: its first weights get the laws.
 
     Returns:
-        the masses of each row's blocks.
+        the masses of each row's blocks; NaN for a row with something wrong, from which nothing can be drawn.
     """
     out, blocks, sums = room.first(len(logits))
     source = _scaled(logits, scale, out)
@@ -303,8 +303,7 @@ def plain_laws(logits: torch.Tensor, scale: float, room: Buffers) -> list[list[f
     for row, mass in enumerate(masses):
         stands = shallow[row] and _LEAST_TOTAL < sum(mass) < _MOST_TOTAL
         if not stands:
-            if _stable_law(logits[row], scale, out[row]) is not None:
-                out[row] = 0.0
+            _stable_law(logits[row], scale, out[row])
             masses[row] = blocks[row].sum(-1).tolist()
     return masses
 
