@@ -122,14 +122,7 @@ class Law:
     def __init__(self, row: torch.Tensor) -> None:
         self.row, self.total = row, 1.0
         # the same memory for NumPy, whose single entries are quicker to read
-        self._numbers: Array | None = host(row) if row.is_cpu else None
-        self._start: Law | None = None
-
-    def start(self, count: int) -> Law:
-        """The first entries as room for a shorter law."""
-        if self._start is None or len(self._start.row) != count:
-            self._start = Law(self.row[:count])
-        return self._start
+        self._numbers = host(row) if row.is_cpu else None
 
     def at(self, tokens: list[int]) -> list[float]:
         """The probabilities of some tokens, on the host; a token below 0 has none."""
@@ -144,12 +137,12 @@ class Columns(Law):
     """A law over some of the vocabulary's tokens; no other token has any probability.
 
     Args:
-        room: where it lies, on the CPU.
+        row: `[columns]` f32.
         ids: `[columns]` int64, each column's token, ascending.
     """
 
-    def __init__(self, room: Law, ids: torch.Tensor) -> None:
-        self.row, self.total, self._numbers, self._start = room.row, 1.0, room._numbers, None
+    def __init__(self, row: torch.Tensor, ids: torch.Tensor) -> None:
+        super().__init__(row)
         self.ids, self._known = ids, host(ids)
 
     def at(self, tokens: list[int]) -> list[float]:

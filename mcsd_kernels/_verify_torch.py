@@ -85,7 +85,7 @@ class Side:
         if self.plain is not None:
             row = self.row(request, node)
             if self.ids is not None:
-                room = rows_torch.Columns(room.start(len(self.ids)), self.ids)
+                room = rows_torch.Columns(torch.empty_like(row, dtype=torch.float32), self.ids)
             status = rows_torch.plain_law(row, self.plain, room)
             return room if status is None else status
         if self.greedy:
