@@ -60,6 +60,7 @@ class _Store:
         self.room = 0
         self.used = 0
         self.slots: int | torch.Tensor = 0
+        self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
         self.version = 0  # counts what would leave captured graphs with pointers to nowhere
 
     def allocate(self, key: torch.Tensor, value: torch.Tensor, layers: int, room: int) -> None:
@@ -68,6 +69,11 @@ class _Store:
         self.room, self.skipped = room, [0] * batch
         self.keys = key.new_zeros(batch, layers, heads, room, key.shape[3])
         self.values = value.new_zeros(batch, layers, heads, room, value.shape[3])
+
+    def add(self, layer: int) -> None:
+        """Another layer."""
+        self.layers.append(layer)
+        self._rows = None
 
     def place(
         self, prefix: Prefix, offset: int, count: int, capacity: int, may_skip: bool, bound: int | None = None
@@ -99,6 +105,13 @@ class _Store:
         """`[batch]` int32: the slots of the prefix that are still there."""
         return lengths if self.skipped_on_device is None else lengths - self.skipped_on_device
 
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the layers so far, `[batch, layers * kv_heads, slots, head_dim]`: views, the same again."""
+        if self._rows is None:
+            layers = len(self.layers)
+            self._rows = self.keys[:, :layers].flatten(1, 2), self.values[:, :layers].flatten(1, 2)
+        return self._rows
+
     def _used(self, prefix: Prefix) -> int:
         return max(length - skip for length, skip in zip(prefix.on_host, self.skipped, strict=True))
 
@@ -121,7 +134,7 @@ class _Store:
             self.keys.copy_(keys)
             self.values.copy_(values)
         else:
-            self.keys, self.values = keys, values
+            self.keys, self.values, self._rows = keys, values, None
             self.version += 1
         self._skip_on_device()
         return wanted
@@ -262,12 +275,10 @@ class TreeCache(Cache):
             store.allocate(key, value, layers, room_for(self.used, self.capacity))
             store.place(*self._placed, self.capacity, self.may_skip)
         store = self._stores[alike]
-        store.layers.append(index)
+        store.add(index)
         return store, len(store.layers) - 1
 
     def keep(self, prefix: Prefix, path: torch.Tensor, length: torch.Tensor) -> None:
         """In place: move the accepted nodes to the end of the prefix, in every layer; see `mcsd_kernels.keep_path`."""
         for store in self._stores.values():
-            layers = len(store.layers)
-            keys, values = store.keys[:, :layers].flatten(1, 2), store.values[:, :layers].flatten(1, 2)
-            keep_path(keys, values, store.before(prefix.lengths), path, length)
+            keep_path(*store.rows(), store.before(prefix.lengths), path, length)

@@ -56,12 +56,11 @@ _PLAIN_ENTRIES = 1 << 16
 def _laws(logits: torch.Tensor, sampling: Sampling) -> tuple[list[list[float]], Array]:
     """The laws of some rows on the host: the masses of their blocks, and the blocks."""
     rows, vocab = logits.shape
-    room = rows_torch.buffers(rows, vocab, logits.device)
-    weights, blocks, _ = room.first(rows)
-    if sampling.plain is not None and logits.is_cpu:
-        return rows_torch.plain_laws(logits, sampling.plain, room), host(blocks)
-    rows_torch.law(logits, sampling, weights, None)
-    return blocks.sum(-1).tolist(), host(blocks)
+    room = rows_torch.buffers(rows, vocab, logits.device).first(rows)
+    if sampling.plain is not None and room.blocks_on_host is not None:
+        return rows_torch.plain_laws(logits, sampling.plain, room), room.blocks_on_host
+    rows_torch.law(logits, sampling, room.weights, None)
+    return room.blocks.sum(-1).tolist(), host(room.blocks)
 
 
 def _draws(

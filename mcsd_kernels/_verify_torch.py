@@ -48,13 +48,15 @@ class Side:
             self.known = None if low >= 0 and high < vocab else ids.ge(0) & ids.lt(vocab)
             self.ids = ids if self.known is None else torch.where(self.known, ids, 0)
             ordered = ascend and self.known is None and ids.is_cpu
+            self._ids_on_host = host(self.ids)
         # 1 / temperature, where that is all there is to do
         plain = sampling is not None and bitmask is None and (ids is None or ordered)
         self.plain = sampling.plain if sampling is not None and plain else None
+        # the same rows for NumPy, which is sooner at each
+        self._arrays = host(values) if self.plain and values.is_cpu and values.dtype == torch.float32 else None
         self.greedy = sampling is not None and sampling.greedy and bitmask is None and ids is None and values.is_cpu
         self.rows = None if rows is None else host(rows)
         self._row_lists = [] if self.rows is None else self.rows.tolist()
-        self._request, self._rows = -1, values
 
     def outside(self, lowest: int) -> Array | None:
         """`[batch, nodes]` bool: nodes whose row number is below `lowest` or too large; None if there are none."""
@@ -63,13 +65,12 @@ class Side:
         assert self.rows is not None
         return (self.rows < lowest) | (self.rows >= len(self.values))
 
+    def _place(self, request: int, node: int) -> int | tuple[int, int]:
+        return self._row_lists[request][node] if self._row_lists else (request, node)
+
     def row(self, request: int, node: int) -> torch.Tensor:
         """`[columns]`, a view."""
-        if self._row_lists:
-            return self.values[self._row_lists[request][node]]
-        if request != self._request:  # one view less for every other row of a request
-            self._request, self._rows = request, self.values[request]
-        return self._rows[node]
+        return self.values[self._place(request, node)]
 
     def take(self, requests: list[int], nodes: list[int]) -> torch.Tensor:
         """`[len(requests), columns]`; a single row comes as a view."""
@@ -83,9 +84,10 @@ class Side:
     def law(self, request: int, node: int, room: rows_torch.Law) -> rows_torch.Law | Status:
         """The law after a node: in `room`, where it lies if nothing has to be done to it, or over the columns alone."""
         if self.plain is not None:
-            row = self.row(request, node)
             if self.ids is not None:
-                room = rows_torch.Columns(torch.empty_like(row, dtype=torch.float32), self.ids)
+                columns = torch.empty(len(self.ids), dtype=torch.float32, device=self.values.device)
+                room = rows_torch.Columns(columns, self.ids, self._ids_on_host)
+            row = self.row(request, node) if self._arrays is None else self._arrays[self._place(request, node)]
             status = rows_torch.plain_law(row, self.plain, room)
             return room if status is None else status
         if self.greedy:
@@ -267,12 +269,12 @@ class _Outputs:
             rest = [-1] * (self._width - len(nodes))
             paths.append(nodes + rest)
             emitted.append([*[tokens[node] for node in nodes[1:]], last, *rest])
-        shape, size = (len(paths), self._width), len(paths)
+        shape = len(paths), self._width
         path, length, token, status = (
             torch.from_numpy(np.array(paths, np.int32).reshape(shape)),
-            torch.from_numpy(np.array([len(nodes) for nodes in self._paths], np.int32).reshape(size)),
+            torch.from_numpy(np.array([len(nodes) for nodes in self._paths], np.int32)),
             torch.from_numpy(np.array(emitted, np.int64).reshape(shape)),
-            torch.from_numpy(np.array(self._status, np.int32).reshape(size)),
+            torch.from_numpy(np.array(self._status, np.int32)),
         )
         if device.type == "cpu":
             return path, length, token, status
@@ -442,6 +444,7 @@ class Together:
         return self.masses
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a logit that is as good as -inf may become it
 def run(
     target_logits: torch.Tensor,
     draft_logits: torch.Tensor | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -147,17 +148,43 @@ def uniforms(
 def uniform_lists(
     seeds: torch.Tensor, node: int | torch.Tensor, step: int | torch.Tensor, stream: int, count: int
 ) -> list[list[float]]:
-    """`uniforms` on the host."""
-    if seeds.is_cpu and seeds.shape[0] * -(-count // 4) <= _ONE_BY_ONE:
-        return _one_by_one(seeds, node, step, stream, count)
-    found: list[list[float]] = uniforms(seeds, node, step, stream, count).tolist()
-    return found
+    """`uniforms` on the host; not to be written. Where calls come step after step, some steps are drawn together."""
+    rows = seeds.shape[0]
+    if not seeds.is_cpu or isinstance(step, torch.Tensor) or not 0 < rows * count <= _DRAWN_AHEAD:
+        found: list[list[float]] = uniforms(seeds, node, step, stream, count).tolist()
+        return found
+    key = tuple(seeds.tolist()), node if isinstance(node, int) else tuple(node.tolist()), stream, count
+    known = _ahead.numbers
+    first, drawn = known.get(key, (step, []))
+    if not first <= step < first + len(drawn):
+        steps = _DRAWN_AHEAD // (rows * count) if drawn and step == first + len(drawn) else 1
+        at = torch.arange(step, step + steps).repeat_interleave(rows)
+        nodes = node if isinstance(node, int) else node.repeat(steps)
+        numbers = uniforms(seeds.repeat(steps), nodes, at, stream, count).tolist()
+        first, drawn = step, [numbers[i : i + rows] for i in range(0, len(numbers), rows)]
+        known.pop(key, None)
+        while len(known) >= _MOST_KEPT:  # the oldest one goes
+            del known[next(iter(known))]
+        known[key] = first, drawn
+    return drawn[step - first]
+
+
+class _Ahead(threading.local):
+    """What a thread has drawn for the steps to come: the first step, and for each step a list by row."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[Any, tuple[int, list[list[list[float]]]]] = {}
+
+
+_ahead = _Ahead()
+_DRAWN_AHEAD = 1 << 10  # numbers
+_MOST_KEPT = 16  # a call for each level of a tree
 
 
 def _one_by_one(
     seeds: torch.Tensor, node: int | torch.Tensor, step: int | torch.Tensor, stream: int, count: int
 ) -> list[list[float]]:
-    """`uniform_lists` of a few rows and counters."""
+    """`uniforms` of a few rows and counters, as lists."""
     nodes, steps = (
         [word] * len(seeds) if isinstance(word, int) else word.expand(len(seeds)).tolist() for word in (node, step)
     )

@@ -182,12 +182,23 @@ def _keep_path(
     ]
     if not moves:
         return
+    # down the tree numbers grow, so whatever a move overwrites was moved before
+    if key.is_cpu and len(moves) <= _ONE_BY_ONE and all(node > place for _, node, place in moves):
+        starts = prefix_lengths.tolist()
+        for request, node, place in moves:
+            for cache in (key, value):
+                slots = cache[request].transpose(0, 1)
+                slots[starts[request] + place] = slots[starts[request] + node]
+        return
     batch, source, target = torch.tensor(moves, device=key.device).unbind(1)
     prefix = prefix_lengths.long()[batch]
     source, target = prefix + source, prefix + target
     for cache in (key, value):
         rows = cache.transpose(1, 2)
         rows[batch, target] = rows[batch, source]
+
+
+_ONE_BY_ONE = 8
 
 
 def _fake_bits(parents: torch.Tensor, backend: str) -> torch.Tensor:

@@ -15,6 +15,7 @@ from mcsd_kernels.random import (
     philox,
     philox_on_host,
     philox_rounds,
+    uniform_lists,
     uniforms,
 )
 
@@ -117,6 +118,17 @@ def test_a_few_numbers_are_those_of_many(count: int, device: torch.device) -> No
         assert found.dtype == torch.float32 and torch.equal(found, whole[rows])
         assert torch.equal(uniforms(seeds[rows], 3, ONES, VERIFY_STREAM, count), same_step[rows])
         assert torch.equal(uniforms(seeds[rows], 3, steps[-1], VERIFY_STREAM, count), same_step[rows])
+
+
+def test_numbers_on_the_host_do_not_depend_on_the_steps_before(device: torch.device) -> None:
+    """They may be drawn for several steps together, whatever order the steps come in, to the last one."""
+    seeds, nodes = torch.tensor([7, -3, 7], device=device), torch.tensor([0, 1, 2], device=device)
+    order = [*range(45), 3, 4, 60, 59, 61, 62, 0, *range(ONES - 3, ONES + 1)]
+    for step in order:
+        for place, stream, count in ((nodes, CANDIDATE_STREAM, 9), (5, VERIFY_STREAM, 9), (5, VERIFY_STREAM, 400)):
+            wanted = uniforms(seeds, place, step, stream, count)
+            assert uniform_lists(seeds, place, step, stream, count) == wanted.tolist(), (step, stream, count)
+        assert uniform_lists(seeds + step, 5, step, VERIFY_STREAM, 2) == uniforms(seeds + step, 5, step, 0, 2).tolist()
 
 
 def test_an_empty_batch(device: torch.device) -> None:

@@ -148,6 +148,7 @@ PATHS = [
     pytest.param([[0, 1, 2], [0, 1, 2]], [3, 3], id="already-in-place"),
     pytest.param([[0, 2, 5], [0, 3, 4]], [3, 3], id="all-move"),
     pytest.param([[0, 2, 3], [0, 2, 4]], [3, 3], id="a-source-is-the-next-target"),
+    pytest.param([[0, 3, 1], [0, 2, 1]], [3, 3], id="no-path-of-a-tree-a-source-was-a-target-before"),
     pytest.param([[0, 1, 5], [0, 4, -1]], [3, 2], id="ragged"),
     pytest.param([[0, 4, 5], [0, 2, 3]], [2, 1], id="entries-after-the-length-are-not-read"),
     pytest.param([[0, 4, 5], [0, 2, 3]], [0, 0], id="length-zero"),

@@ -180,6 +180,25 @@ def test_rows_far_from_zero_are_sound(vocab: int, device: torch.device) -> None:
     assert verify(lowest, None, *one, proposal="point").status.item() == 0
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [20, 8300], ids=["short-rows", "long-rows"])
+def test_the_lowest_logits_of_a_dtype_are_masked_tokens(vocab: int, dtype: torch.dtype, device: torch.device) -> None:
+    logits = torch.full((1, 2, vocab), torch.finfo(dtype).min, dtype=dtype, device=device)
+    logits[..., 5:7] = 1.0
+    for temperature in (1.0, 0.3, 1e-9):
+        sampling = SamplingParams(temperature=temperature)
+        seeds = torch.zeros(1, dtype=torch.int64, device=device)
+        drawn = draw_candidates(logits[:, 0], 3, seeds, 0, sampling=sampling)
+        assert sorted(drawn[0].tolist()) == [-1, 5, 6]
+        tokens = torch.cat([seeds[:, None], drawn[:, :1]], 1)
+        found = verify(
+            logits, logits, tokens, torch.tensor([-1, 0], device=device), torch.full((1, 4), 0.7, device=device),
+            sampling=sampling,
+        )  # fmt: skip
+        assert found.status.item() == 0 and found.length.item() == 2 and int(found.tokens.max()) <= 6
+
+
 @pytest.mark.parametrize("vocab", [20, 8300], ids=["short-rows", "long-rows"])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_row_that_overflows_when_scaled_has_a_status(rule: str, vocab: int, device: torch.device) -> None:
