@@ -106,7 +106,7 @@ class _Store:
         return lengths if self.skipped_on_device is None else lengths - self.skipped_on_device
 
     def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the layers so far, `[batch, layers * kv_heads, slots, head_dim]`: views, the same again."""
+        """Keys and values of the layers so far, `[batch, layers * kv_heads, slots, head_dim]`: views, kept."""
         if self._rows is None:
             layers = len(self.layers)
             self._rows = self.keys[:, :layers].flatten(1, 2), self.values[:, :layers].flatten(1, 2)
