@@ -46,7 +46,8 @@ def draw_candidates(
         for row, masses, blocks in zip(some, *_laws(logits, sampling.take(some)), strict=True):
             found = _most_probable(draft_logits[row], blocks, k - draws) if k > draws else []
             tokens[row] = found + _draws(masses, blocks, coins[row], found, proposal == "without_replacement")
-    return torch.from_numpy(np.array(tokens, np.int64).reshape(rows, k)).to(draft_logits.device)
+    drawn = torch.from_numpy(np.array(tokens, np.int64).reshape(rows, k))
+    return drawn if draft_logits.is_cpu else drawn.to(draft_logits.device)
 
 
 # of float32, in a core's own cache beside the logits
@@ -91,7 +92,7 @@ def _strike_out(token: int, masses: list[float], blocks: Array) -> None:
     """Take a token's weight away; its block is summed afresh, so that nothing is left of one used up."""
     block = token // DRAW_BLOCK
     blocks[block, token % DRAW_BLOCK] = 0.0
-    masses[block] = float(blocks[block].sum())
+    masses[block] = float(np.add.reduce(blocks[block]))
 
 
 def _most_probable(logits: torch.Tensor, blocks: Array, count: int) -> list[int]:

@@ -192,7 +192,7 @@ class Buffers:
         self._first: dict[int, Room] = {}
 
     def first(self, rows: int) -> Room:
-        """So many rows."""
+        """Views of the first so many rows, kept."""
         if rows not in self._first:
             if len(self._first) == _MOST_VIEWS:
                 self._first.clear()
@@ -273,27 +273,27 @@ def plain_law(logits: torch.Tensor | Array, scale: float, out: Law) -> Status | 
     """`law` of a single row without filters: softmax(logits * scale), which need not be normalised.
 
     Args:
-        logits: `[vocab]` f16, bf16 or f32, or float32 on the host as an array; not written. What overflows float32 when
-            it is scaled is infinite; the caller silences NumPy's warning.
+        logits: `[vocab]` f16, bf16 or f32, or float32 on the host as an array; not written. What leaves float32's range
+            becomes infinite or 0; the caller silences NumPy's warnings.
         scale: 1 / temperature.
         out: where the law goes, and its total.
 
     Returns:
         what is wrong with the row, or None.
     """
-    row, exponents = out.row, out.on_host
-    if exponents is not None:
+    row, on_host = out.row, out.on_host
+    if on_host is not None:
         # few passes instead of softmax's: the total says whether the largest logit had to be known first
-        _to_exponents(logits, scale, row, exponents)
-        if _is_shallow(exponents):
-            out.total = float(torch.exp2(row, out=row).sum())
+        source = _scaled_on_host(logits, scale, row, on_host)
+        if _is_shallow(source):
+            _exp(source, on_host)
+            out.total = float(row.sum())
             if _LEAST_TOTAL < out.total < _MOST_TOTAL:
                 return None
     out.total = 1.0
     return _stable_law(torch.from_numpy(logits) if isinstance(logits, np.ndarray) else logits, scale, row)
 
 
-@np.errstate(over="ignore", invalid="ignore")
 def plain_laws(logits: torch.Tensor, scale: float, room: Room) -> list[list[float]]:
     """`plain_law` of several rows on the CPU; each comes out as it would by itself.
 
@@ -305,16 +305,17 @@ def plain_laws(logits: torch.Tensor, scale: float, room: Room) -> list[list[floa
     Returns:
         the masses of each row's blocks; NaN for a row with something wrong, from which nothing can be drawn.
     """
-    out, blocks, sums, exponents, _ = room
-    assert exponents is not None
-    _to_exponents(host(logits) if logits.dtype == torch.float32 else logits, scale, out, exponents)
-    shallow = [_is_shallow(row) for row in exponents]
-    if all(shallow):
-        torch.exp2(out, out=out)
-    else:  # the other rows are done below, and until then hold what was there before
-        for row in range(len(shallow)):
-            if shallow[row]:
-                out[row].exp2_()
+    out, blocks, sums, on_host, _ = room
+    assert on_host is not None
+    with np.errstate(all="ignore"):
+        source = _scaled_on_host(host(logits) if logits.dtype == torch.float32 else logits, scale, out, on_host)
+        shallow = [_is_shallow(row) for row in source]
+        if all(shallow):
+            _exp(source, on_host)
+        else:  # the other rows are done below
+            for row in range(len(shallow)):
+                if shallow[row]:
+                    _exp(source[row], on_host[row])
     masses: list[list[float]] = torch.sum(blocks, -1, out=sums).tolist()
     for row, mass in enumerate(masses):
         stands = shallow[row] and _LEAST_TOTAL < sum(mass) < _MOST_TOTAL
@@ -324,15 +325,35 @@ def plain_laws(logits: torch.Tensor, scale: float, room: Room) -> list[list[floa
     return masses
 
 
-def _to_exponents(logits: torch.Tensor | Array, scale: float, out: torch.Tensor, on_host: Array) -> None:
-    """Write log2(e^(logits * scale)) where the powers of 2 will go: exp2 is as quick everywhere, exp a third of it."""
-    source = logits if isinstance(logits, np.ndarray) else host(out.copy_(logits))
-    np.multiply(source, np.float32(scale * _LOG2_E), out=on_host)
+def _scaled_on_host(logits: torch.Tensor | Array, scale: float, out: torch.Tensor, on_host: Array) -> Array:
+    """`_scaled` for NumPy: one of its passes is sooner at work than torch's, above all with cold caches.
+
+    Args:
+        logits: as in `plain_law`.
+        scale: 1 / temperature.
+        out, on_host: the same memory.
+    """
+    if isinstance(logits, np.ndarray):
+        source = logits
+    else:
+        out.copy_(logits)
+        source = on_host
+    if scale != 1.0:
+        source = np.multiply(source, np.float32(scale), out=on_host)
+    return source
 
 
-def _is_shallow(exponents: Array) -> bool:
-    """Whether few powers are likely to vanish, which take ten times as long, by a few of a row's exponents."""
-    return min(exponents[:: max(len(exponents) // _LOOKED_AT, 1)].tolist()) > _LOWEST_EXPONENT
+def _exp(exponents: Array, out: Array) -> None:
+    """NumPy's: torch's takes up to twice as long, unless several threads share a long row."""
+    if exponents.size <= _ONE_THREAD or torch.get_num_threads() == 1:
+        np.exp(exponents, out=out)
+    else:
+        torch.exp(torch.from_numpy(exponents), out=torch.from_numpy(out))
+
+
+def _is_shallow(row: Array) -> bool:
+    """Whether few exponentials are likely to vanish, which slows down what reads them, by a few of a row's entries."""
+    return min(row[:: max(len(row) // _LOOKED_AT, 1)].tolist()) > _LOWEST_LOGIT
 
 
 def _stable_law(logits: torch.Tensor, scale: float, row: torch.Tensor) -> Status | None:
@@ -346,9 +367,9 @@ def _stable_law(logits: torch.Tensor, scale: float, row: torch.Tensor) -> Status
     return Status(int(_diagnose(logits[None], np.zeros(1, np.int64))[0])) if broken else None
 
 
-_LOG2_E = math.log2(math.e)
+_ONE_THREAD = 1 << 16
 _LOOKED_AT = 8
-_LOWEST_EXPONENT = -115.0  # e^-80
+_LOWEST_LOGIT = -80.0
 _NEXT_TO_NOTHING = -85.0  # beside a largest logit of 0
 # Within these a row keeps what is 1e-34 of it and more, and factors between two rows stay within float32.
 _LEAST_TOTAL, _MOST_TOTAL = 1e-4, 1e20

@@ -48,7 +48,7 @@ class Side:
             self.known = None if low >= 0 and high < vocab else ids.ge(0) & ids.lt(vocab)
             self.ids = ids if self.known is None else torch.where(self.known, ids, 0)
             ordered = ascend and self.known is None and ids.is_cpu
-            self._ids_on_host = host(self.ids)
+            self._ids_on_host = host(self.ids) if ordered else None
         # 1 / temperature, where that is all there is to do
         plain = sampling is not None and bitmask is None and (ids is None or ordered)
         self.plain = sampling.plain if sampling is not None and plain else None
@@ -85,6 +85,7 @@ class Side:
         """The law after a node: in `room`, where it lies if nothing has to be done to it, or over the columns alone."""
         if self.plain is not None:
             if self.ids is not None:
+                assert self._ids_on_host is not None
                 columns = torch.empty(len(self.ids), dtype=torch.float32, device=self.values.device)
                 room = rows_torch.Columns(columns, self.ids, self._ids_on_host)
             row = self.row(request, node) if self._arrays is None else self._arrays[self._place(request, node)]
@@ -444,7 +445,6 @@ class Together:
         return self.masses
 
 
-@np.errstate(over="ignore", invalid="ignore")  # a logit that is as good as -inf may become it
 def run(
     target_logits: torch.Tensor,
     draft_logits: torch.Tensor | None,
@@ -519,4 +519,5 @@ def verify(
     target_logits: torch.Tensor, *arguments: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`run` with the vocabulary of the logits."""
-    return run(target_logits, *arguments, vocab=target_logits.shape[-1])
+    with np.errstate(all="ignore"):  # a logit as good as -inf may become it; what is wrong with a row has a status
+        return run(target_logits, *arguments, vocab=target_logits.shape[-1])

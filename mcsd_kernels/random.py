@@ -125,7 +125,8 @@ def uniforms(
     """
     rows, blocks = seeds.shape[0], -(-count // 4)
     if seeds.is_cpu and 0 < rows * blocks <= _ONE_BY_ONE:
-        return torch.tensor(_one_by_one(seeds, node, step, stream, count), dtype=torch.float32)
+        few = _one_by_one(seeds, node, step, stream, count)
+        return torch.tensor(few, dtype=torch.float32, device=seeds.device)
     if seeds.is_cpu:
         counter = np.empty((4, rows, blocks), np.uint64)
         counter[0], counter[3] = np.arange(blocks), stream
@@ -150,23 +151,43 @@ def uniform_lists(
 ) -> list[list[float]]:
     """`uniforms` on the host; not to be written. Where calls come step after step, some steps are drawn together."""
     rows = seeds.shape[0]
+    if count == 0:
+        return [[] for _ in range(rows)]
     if not seeds.is_cpu or isinstance(step, torch.Tensor) or not 0 < rows * count <= _DRAWN_AHEAD:
-        found: list[list[float]] = uniforms(seeds, node, step, stream, count).tolist()
-        return found
+        return _lists(seeds, node, step, stream, count)
     key = tuple(seeds.tolist()), node if isinstance(node, int) else tuple(node.tolist()), stream, count
     known = _ahead.numbers
     first, drawn = known.get(key, (step, []))
     if not first <= step < first + len(drawn):
-        steps = _DRAWN_AHEAD // (rows * count) if drawn and step == first + len(drawn) else 1
-        at = torch.arange(step, step + steps).repeat_interleave(rows)
-        nodes = node if isinstance(node, int) else node.repeat(steps)
-        numbers = uniforms(seeds.repeat(steps), nodes, at, stream, count).tolist()
-        first, drawn = step, [numbers[i : i + rows] for i in range(0, len(numbers), rows)]
         known.pop(key, None)
         while len(known) >= _MOST_KEPT:  # the oldest one goes
             del known[next(iter(known))]
-        known[key] = first, drawn
+        goes_on = drawn and step == first + len(drawn)
+        steps = min(2 * len(drawn), _DRAWN_AHEAD // (rows * count)) if goes_on else 1
+        first, drawn = known[key] = step, _of_steps(seeds, node, step, steps, stream, count)
     return drawn[step - first]
+
+
+def _of_steps(
+    seeds: torch.Tensor, node: int | torch.Tensor, step: int, steps: int, stream: int, count: int
+) -> list[list[list[float]]]:
+    """`uniform_lists` of some steps."""
+    rows = seeds.shape[0]
+    if steps == 1 or steps * rows * -(-count // 4) <= _ONE_BY_ONE:
+        return [_lists(seeds, node, at, stream, count) for at in range(step, step + steps)]
+    later = torch.arange(step, step + steps, device=seeds.device).repeat_interleave(rows)
+    nodes = node if isinstance(node, int) else node.repeat(steps)
+    numbers: list[list[float]] = uniforms(seeds.repeat(steps), nodes, later, stream, count).tolist()
+    return [numbers[i : i + rows] for i in range(0, len(numbers), rows)]
+
+
+def _lists(
+    seeds: torch.Tensor, node: int | torch.Tensor, step: int | torch.Tensor, stream: int, count: int
+) -> list[list[float]]:
+    if seeds.is_cpu and seeds.shape[0] * -(-count // 4) <= _ONE_BY_ONE:
+        return _one_by_one(seeds, node, step, stream, count)
+    found: list[list[float]] = uniforms(seeds, node, step, stream, count).tolist()
+    return found
 
 
 class _Ahead(threading.local):
@@ -178,7 +199,7 @@ class _Ahead(threading.local):
 
 _ahead = _Ahead()
 _DRAWN_AHEAD = 1 << 10  # numbers
-_MOST_KEPT = 16  # a call for each level of a tree
+_MOST_KEPT = 32  # a few calls for each level of a tree
 
 
 def _one_by_one(

@@ -131,6 +131,15 @@ def test_numbers_on_the_host_do_not_depend_on_the_steps_before(device: torch.dev
         assert uniform_lists(seeds + step, 5, step, VERIFY_STREAM, 2) == uniforms(seeds + step, 5, step, 0, 2).tolist()
 
 
+def test_the_default_device_does_not_matter(device: torch.device) -> None:
+    seeds = torch.tensor([7, -3], device=device)
+    wanted = draw_uniforms(seeds, 3, 5)
+    with torch.device("meta"):
+        assert torch.equal(draw_uniforms(seeds, 3, 5), wanted)
+        for step in range(20):
+            assert len(uniform_lists(seeds, 0, step, CANDIDATE_STREAM, 9)) == 2
+
+
 def test_an_empty_batch(device: torch.device) -> None:
     assert draw_uniforms(torch.zeros(0, dtype=torch.int64, device=device), 0, 5).shape == (0, 5)
 

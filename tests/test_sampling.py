@@ -112,6 +112,50 @@ def backend_law(logits: torch.Tensor, **parameters: float) -> tuple[torch.Tensor
     return out, status
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [3, 8200, 66_000], ids=lambda v: f"vocab-{v}")
+def test_a_row_by_itself_without_filters(vocab: int, dtype: torch.dtype, threads: int) -> None:
+    """Divided by its total it is the softmax; the logits are read only."""
+    logits = (3 * torch.randn(4, vocab, generator=torch.Generator().manual_seed(vocab))).to(dtype)
+    logits[1, 1:] -= 200.0  # below what float32's exponentials reach
+    logits[2, :-1] = -math.inf
+    logits[3] += 60.0
+    before, set_threads = logits.clone(), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for temperature in (1.0, 0.4):
+            found = _rows_torch.Law(torch.full((vocab,), math.nan))
+            for row in logits:
+                wanted = (row.double() / temperature).softmax(-1)
+                for source in (row, row.float().numpy()):
+                    with np.errstate(all="ignore"):
+                        assert _rows_torch.plain_law(source, 1 / temperature, found) is None
+                    error = (found.row.double() / found.total - wanted).abs()
+                    assert (error <= 4e-5 * wanted + 1e-30).all()  # logits / temperature reach 200 in float32
+    finally:
+        torch.set_num_threads(set_threads)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_has_the_same_bits_beside_any_other(threads: int) -> None:
+    set_threads = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for vocab in (1, 2, 7, 15, 16, 17, 37, 100, 700, 1500, 9000, 20_001):
+            rows = 30 * torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab)) - 20
+            together = _rows_torch.buffers(3, vocab, rows.device).first(3)
+            masses = _rows_torch.plain_laws(rows, 0.7, together)
+            laws = together.weights.clone()
+            for row in range(3):
+                alone = _rows_torch.buffers(1, vocab, rows.device).first(1)
+                assert _rows_torch.plain_laws(rows[row : row + 1], 0.7, alone) == [masses[row]]
+                assert torch.equal(alone.weights[0], laws[row]), (vocab, row)
+    finally:
+        torch.set_num_threads(set_threads)
+
+
 SETTINGS: list[Any] = [
     pytest.param({}, id="off"),
     pytest.param({"temperature": 0.3}, id="cold"),

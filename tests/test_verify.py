@@ -185,17 +185,16 @@ def test_rows_far_from_zero_are_sound(vocab: int, device: torch.device) -> None:
 @pytest.mark.parametrize("vocab", [20, 8300], ids=["short-rows", "long-rows"])
 def test_the_lowest_logits_of_a_dtype_are_masked_tokens(vocab: int, dtype: torch.dtype, device: torch.device) -> None:
     logits = torch.full((1, 2, vocab), torch.finfo(dtype).min, dtype=dtype, device=device)
-    logits[..., 5:7] = 1.0
-    for temperature in (1.0, 0.3, 1e-9):
+    logits[..., 5:7] = torch.finfo(dtype).tiny  # the smallest normal number, which may become even less
+    parents, uniforms = torch.tensor([-1, 0], device=device), torch.full((1, 4), 0.7, device=device)
+    seeds = torch.zeros(1, dtype=torch.int64, device=device)
+    for temperature in (1.0, 0.3, 1e-9, 30.0):
         sampling = SamplingParams(temperature=temperature)
-        seeds = torch.zeros(1, dtype=torch.int64, device=device)
-        drawn = draw_candidates(logits[:, 0], 3, seeds, 0, sampling=sampling)
+        with np.errstate(all="raise"):
+            drawn = draw_candidates(logits[:, 0], 3, seeds, 0, sampling=sampling)
+            tokens = torch.cat([seeds[:, None], drawn[:, :1]], 1)
+            found = verify(logits, logits, tokens, parents, uniforms, sampling=sampling)
         assert sorted(drawn[0].tolist()) == [-1, 5, 6]
-        tokens = torch.cat([seeds[:, None], drawn[:, :1]], 1)
-        found = verify(
-            logits, logits, tokens, torch.tensor([-1, 0], device=device), torch.full((1, 4), 0.7, device=device),
-            sampling=sampling,
-        )  # fmt: skip
         assert found.status.item() == 0 and found.length.item() == 2 and int(found.tokens.max()) <= 6
 
 
