@@ -62,6 +62,21 @@ def test_auto_dtype_is_bf16_only_where_the_cpu_multiplies_it(monkeypatch: pytest
     assert models.resolve_dtype("auto") == (torch.bfloat16 if faster else torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "faster"),
+    [
+        pytest.param("vendor_id\t: GenuineIntel\nflags\t\t: avx512f amx_bf16 amx_tile", True, id="amx"),
+        pytest.param("vendor_id\t: GenuineIntel\nflags\t\t: avx512f avx512_bf16", False, id="avx512-bf16-of-intel"),
+        pytest.param("vendor_id\t: AuthenticAMD\nflags\t\t: avx512f avx512_bf16", True, id="avx512-bf16-of-amd"),
+        pytest.param("vendor_id\t: AuthenticAMD\nflags\t\t: avx2", False, id="neither"),
+        pytest.param("Features\t: fp asimd bf16", True, id="arm"),
+        pytest.param("", False, id="nothing-known"),
+    ],
+)
+def test_which_processors_are_faster_in_bf16(cpuinfo: str, faster: bool) -> None:
+    assert models._multiplies_bf16(cpuinfo) is faster
+
+
 def test_dtype_by_name_and_as_object() -> None:
     assert models.resolve_dtype("float32") == models.resolve_dtype(torch.float32) == torch.float32
 
