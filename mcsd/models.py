@@ -122,8 +122,8 @@ def cpu_multiplies_bf16() -> bool:
 def _multiplies_bf16(cpuinfo: str) -> bool:
     """By Linux's description of it: instructions for bfloat16 matrices (AMX, Arm BF16), or AMD's AVX512-BF16.
 
-    On Intel, AVX512-BF16 alone does not count: its dot products make a target's forward slower than float32, while AMD's
-    make it two to three times as fast, see docs/notes.md.
+    On Intel, AVX512-BF16 alone does not count: its dot products make a target's forward slower than float32, AMD's make
+    it up to three times as fast, see docs/notes.md.
     """
     words = set(cpuinfo.split())
     return not words.isdisjoint({"amx_bf16", "bf16"}) or {"AuthenticAMD", "avx512_bf16"} <= words
