@@ -151,8 +151,6 @@ def uniform_lists(
 ) -> list[list[float]]:
     """`uniforms` on the host; not to be written. Where calls come step after step, some steps are drawn together."""
     rows = seeds.shape[0]
-    if count == 0:
-        return [[] for _ in range(rows)]
     if not seeds.is_cpu or isinstance(step, torch.Tensor) or not 0 < rows * count <= _DRAWN_AHEAD:
         return _lists(seeds, node, step, stream, count)
     key = tuple(seeds.tolist()), node if isinstance(node, int) else tuple(node.tolist()), stream, count
@@ -184,6 +182,7 @@ def _of_steps(
 def _lists(
     seeds: torch.Tensor, node: int | torch.Tensor, step: int | torch.Tensor, stream: int, count: int
 ) -> list[list[float]]:
+    """`uniforms` as lists, on the shorter way where they are few or none."""
     if seeds.is_cpu and seeds.shape[0] * -(-count // 4) <= _ONE_BY_ONE:
         return _one_by_one(seeds, node, step, stream, count)
     found: list[list[float]] = uniforms(seeds, node, step, stream, count).tolist()
