@@ -7,7 +7,6 @@ numbers, which live in NumPy on the host. A chunk holds so few rows that its buf
 from __future__ import annotations
 
 import math
-import threading
 from bisect import bisect_left, bisect_right
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ._kept import Kept
 from ._rules import Draw, Mass
 from .types import DRAW_BLOCK, Status
 
@@ -214,22 +214,17 @@ class Buffers:
 
 
 # A loop comes back with the target's vocabulary and the draft's in turn, and with the rows of its tree's levels.
-_MOST_KEPT, _MOST_VIEWS = 4, 64
-_kept = threading.local()
+_kept, _MOST_VIEWS = Kept(4), 64
 
 
 def buffers(rows: int, vocab: int, device: torch.device) -> Buffers:
     """Buffers of at least so many rows; the next call on this thread with this vocabulary gets the same memory."""
-    kept: dict[tuple[int, torch.device], Buffers] = _kept.__dict__.setdefault("buffers", {})
     key = vocab, device
-    found = kept.get(key)
+    found: Buffers | None = _kept.values.get(key)
     if found is None or found.p.shape[0] < rows:
         with torch.inference_mode(False):  # what is made inside inference mode could not be written outside it
             found = Buffers(rows, vocab, device)
-        kept.pop(key, None)
-        while len(kept) >= _MOST_KEPT:  # the oldest one goes
-            del kept[next(iter(kept))]
-        kept[key] = found
+        _kept.put(key, found)
     return found
 
 

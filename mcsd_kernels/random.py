@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 
 from . import _checks as check
 from ._backend import choose
+from ._kept import Kept
 from ._library import operator
 
 # The last word of the counter keeps the purposes of random numbers apart.
@@ -154,16 +154,14 @@ def uniform_lists(
     if not seeds.is_cpu or isinstance(step, torch.Tensor) or not 0 < rows * count <= _DRAWN_AHEAD:
         return _lists(seeds, node, step, stream, count)
     key = tuple(seeds.tolist()), node if isinstance(node, int) else tuple(node.tolist()), stream, count
-    known = _ahead.numbers
-    first, drawn = known.get(key, (step, []))
+    first, drawn = _ahead.values.get(key, (step, []))
     if not first <= step < first + len(drawn):
-        known.pop(key, None)
-        while len(known) >= _MOST_KEPT:  # the oldest one goes
-            del known[next(iter(known))]
         goes_on = drawn and step == first + len(drawn)
         steps = min(2 * len(drawn), _DRAWN_AHEAD // (rows * count)) if goes_on else 1
-        first, drawn = known[key] = step, _of_steps(seeds, node, step, steps, stream, count)
-    return drawn[step - first]
+        first, drawn = step, _of_steps(seeds, node, step, steps, stream, count)
+        _ahead.put(key, (first, drawn))
+    numbers: list[list[float]] = drawn[step - first]
+    return numbers
 
 
 def _of_steps(
@@ -189,16 +187,9 @@ def _lists(
     return found
 
 
-class _Ahead(threading.local):
-    """What a thread has drawn for the steps to come: the first step, and for each step a list by row."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[Any, tuple[int, list[list[list[float]]]]] = {}
-
-
-_ahead = _Ahead()
+# the first step, and for each step from it on a list by row; a few calls for each level of a tree
+_ahead = Kept(32)
 _DRAWN_AHEAD = 1 << 10  # numbers
-_MOST_KEPT = 32  # a few calls for each level of a tree
 
 
 def _one_by_one(
