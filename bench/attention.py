@@ -333,7 +333,7 @@ def tune(case: Case, clock: Clock, options: argparse.Namespace) -> Iterator[dict
             continue
         slots = case.prefix + case.nodes
         splits = min(132 * resident // (-(-rows // block_rows) * programs), slots // (2 * block_keys))
-        launch = triton_backend.Launch(block_rows, block_keys, warps, stages, resident, max(splits, 1))
+        launch = triton_backend.AttentionLaunch(block_rows, block_keys, warps, stages, resident, max(splits, 1))
 
         def call(launch: Any = launch) -> torch.Tensor:
             return triton_backend.tree_attention(*arguments, scale, None, None, None, None, launch=launch)

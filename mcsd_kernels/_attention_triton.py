@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._schedule import every_register, processors
 from ._tree_triton import count_bits
 from .attention import LARGEST_TRITON_HEAD, empty_output
 
@@ -25,11 +26,13 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _KEYS_PER_SPLIT = 256
 # Entries of the parts that a program of the second kernel adds, of one row or of several.
 _COMBINED_ENTRIES = 2048
+# Of one row, more than this would not fit its registers.
+_MOST_COMBINED = 1 << 14
 
 
 @dataclass(frozen=True)
-class Launch:
-    """Launch choices of `tree_attention`.
+class AttentionLaunch:
+    """AttentionLaunch choices of `tree_attention`.
 
     Args:
         block_rows: rows (node, query head) of a program, 16 or more.
@@ -52,26 +55,26 @@ class Launch:
 # large tiles with which no kernel spills registers.
 _LAUNCHES = {
     (2, 64): (
-        Launch(16, 128, 4, 3, 3),
-        Launch(32, 128, 4, 3, 2),
-        Launch(64, 64, 4, 3, 2),
-        Launch(128, 128, 8, 3, 1),
+        AttentionLaunch(16, 128, 4, 3, 3),
+        AttentionLaunch(32, 128, 4, 3, 2),
+        AttentionLaunch(64, 64, 4, 3, 2),
+        AttentionLaunch(128, 128, 8, 3, 1),
     ),
     (2, 128): (
-        Launch(16, 64, 4, 3, 2),
-        Launch(32, 64, 4, 3, 2),
-        Launch(64, 64, 8, 3, 1),
-        Launch(128, 64, 8, 3, 1),
+        AttentionLaunch(16, 64, 4, 3, 2),
+        AttentionLaunch(32, 64, 4, 3, 2),
+        AttentionLaunch(64, 64, 8, 3, 1),
+        AttentionLaunch(128, 64, 8, 3, 1),
     ),
-    (2, 256): (Launch(16, 32, 4, 2, 2), Launch(32, 32, 8, 2, 1)),
-    (4, 64): (Launch(16, 32, 4, 2, 2),),
-    (4, 128): (Launch(16, 32, 8, 2, 1),),
-    (4, 256): (Launch(16, 16, 8, 2, 1),),
+    (2, 256): (AttentionLaunch(16, 32, 4, 2, 2), AttentionLaunch(32, 32, 8, 2, 1)),
+    (4, 64): (AttentionLaunch(16, 32, 4, 2, 2),),
+    (4, 128): (AttentionLaunch(16, 32, 8, 2, 1),),
+    (4, 256): (AttentionLaunch(16, 16, 8, 2, 1),),
 }
 
 
-@functools.cache
-def choose_launch(
+@functools.lru_cache(maxsize=256)
+def choose_attention_launch(
     head_dim: int,
     itemsize: int,
     rows: int,
@@ -81,7 +84,7 @@ def choose_launch(
     *,
     masked: bool = False,
     amd: bool = False,
-) -> Launch:
+) -> AttentionLaunch:
     """The launch of a call; a function of shapes alone, so that no length is copied from the device.
 
     Args:
@@ -101,7 +104,8 @@ def choose_launch(
     programs = -(-rows // launch.block_rows) * heads
     # one wave: a program that starts when others have ended lengthens the call by its whole time
     splits = min(multiprocessors * launch.resident // max(programs, 1), slots // _KEYS_PER_SPLIT)
-    return Launch(
+    splits = min(splits, _MOST_COMBINED // triton.next_power_of_2(head_dim))
+    return AttentionLaunch(
         launch.block_rows,
         max(launch.block_keys // 2, 16) if masked or amd else launch.block_keys,
         launch.num_warps,
@@ -538,7 +542,7 @@ def tree_attention(
     block_table: torch.Tensor | None,
     sinks: torch.Tensor | None,
     *,
-    launch: Launch | None = None,
+    launch: AttentionLaunch | None = None,
 ) -> torch.Tensor:
     """The operator behind `mcsd_kernels.tree_attention`; arguments as there, already checked.
 
@@ -568,13 +572,13 @@ def tree_attention(
     sinks = None if sinks is None else sinks.contiguous()
     reach = slots if window is None else min(slots, window + nodes)
     if launch is None:
-        launch = choose_launch(
+        launch = choose_attention_launch(
             max(head_dim, value_dim),
             query.element_size(),
             nodes * group,
             reach,
             batch * kv_heads,
-            _multiprocessors(query.device),
+            processors(query.device),
             masked=window is not None or softcap is not None,
             amd=amd,
         )
@@ -648,6 +652,7 @@ def tree_attention(
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         enable_fp_fusion=True,
+        **(every_register() if query.element_size() == 2 else {}),  # float32 tiles take them all by themselves
     )
     if splits > 1:
         rows, block_splits = batch * q_heads * nodes, triton.next_power_of_2(splits)
@@ -673,11 +678,3 @@ def tree_attention(
             enable_fp_fusion=True,
         )
     return output
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """Of a device that is there; else of an H100."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 132

@@ -25,9 +25,7 @@ def choose(backend: str | None, device: torch.device) -> str:
         if interprets is None:
             raise ValueError('backend: expected "torch", because triton cannot be imported, got "triton"')
         if device.type != "cuda" and not interprets:
-            raise ValueError(
-                f'backend: expected "torch" for tensors on {device} (or TRITON_INTERPRET=1 set), got "triton"'
-            )
+            raise ValueError(f'backend: expected "torch" for tensors on {device}, got "triton"')
     return backend
 
 

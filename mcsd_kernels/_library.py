@@ -19,6 +19,7 @@ def operator(schema: str, implementation: Callable[..., Any], fake: Callable[...
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    implementation = _on_its_device(implementation)
     # no gradient flows through a decision, and none through attention that exists for decoding
     _LIBRARY.impl(name, torch.no_grad()(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"mcsd_kernels::{name}", fake, lib=_LIBRARY)
@@ -30,6 +31,19 @@ def operator(schema: str, implementation: Callable[..., Any], fake: Callable[...
         return implementation(*arguments)
 
     return call
+
+
+def _on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """`implementation` run on the GPU of its first argument, a tensor: Triton launches on the current one, whatever."""
+
+    def run(*arguments: Any) -> Any:
+        first = arguments[0]
+        if not first.is_cuda or first.device.index == torch.cuda.current_device():
+            return implementation(*arguments)
+        with torch.cuda.device(first.device):
+            return implementation(*arguments)
+
+    return run
 
 
 def _plain(arguments: Iterable[Any]) -> bool:

@@ -16,7 +16,7 @@ import torch
 
 from ._kept import Kept
 from ._rules import Draw, Mass
-from .types import DRAW_BLOCK, Status
+from .types import DRAW_BLOCK, LEAST_TEMPERATURE, Status
 
 # A row this long keeps a core busy by itself; shorter ones are taken together, up to so many float32 entries.
 _LONG_ROW = 1 << 13
@@ -62,11 +62,12 @@ class Sampling:
         """The four parameters of `count` requests; a tensor wins over the number in its place."""
         temperature, top_k, top_p, min_p = numbers
         if temperature > 0 and top_k == 0 and top_p == 1 and min_p == 0 and tensors == [None] * 4:
-            return Sampling(_NONE, _NONE, _NONE, _NONE, 1.0 / temperature)
+            return Sampling(_NONE, _NONE, _NONE, _NONE, 1.0 / max(temperature, LEAST_TEMPERATURE))
         t, k, p, m = (
             np.broadcast_to(np.float64(number) if tensor is None else host(tensor.double()), (count,))
             for number, tensor in zip(numbers, tensors, strict=True)
         )
+        t = np.where(t > 0, np.maximum(t, LEAST_TEMPERATURE), t)
         return Sampling(t, k, p, m, greedy=temperature == 0 and tensors[0] is None)
 
     def on_arrays(self, index: list[int]) -> Sampling:
@@ -84,6 +85,7 @@ class Sampling:
             (self.temperature >= 0)
             & np.isfinite(self.temperature)
             & (self.top_k >= 0)
+            & (np.floor(self.top_k) == self.top_k)
             & (self.top_p > 0)
             & (self.top_p <= 1)
             & (self.min_p >= 0)
@@ -250,7 +252,7 @@ def law(logits: torch.Tensor, sampling: Sampling, buffer: torch.Tensor, slots: l
         out = torch.empty(rows, vocab, dtype=torch.float32, device=device)
     if sampling.plain is not None:
         torch.softmax(_scaled(logits, sampling.plain, out), -1, out=out)
-        status = _broken(out, logits)
+        status = _mended(out, logits, sampling.plain)
     else:
         status = _general_law(logits, sampling, out)
     if slots is not None and rows > 1:
@@ -352,11 +354,12 @@ def _is_shallow(row: Array) -> bool:
 
 
 def _stable_law(logits: torch.Tensor, scale: float, row: torch.Tensor) -> Status | None:
-    """`plain_law` of any row, with a total of 1."""
-    source = _scaled(logits, scale, row)
+    """`plain_law` of any row, with a total of 1: no product leaves float32's range after the subtraction."""
+    source = _scaled(logits, 1.0, row)
+    source = torch.sub(source, source.max(), out=row).mul_(scale)
     if row.is_cpu:
         # float32 below its normal numbers takes many times as long, here and in whatever reads the law
-        source = torch.threshold_(torch.sub(source, source.max(), out=row), _NEXT_TO_NOTHING, -torch.inf)
+        torch.threshold_(source, _NEXT_TO_NOTHING, -torch.inf)
     torch.softmax(source, 0, out=row)
     broken = bool(row[0].isnan())
     return Status(int(_diagnose(logits[None], np.zeros(1, np.int64))[0])) if broken else None
@@ -429,6 +432,19 @@ def span(ids: torch.Tensor) -> tuple[int, int, bool]:
     return found
 
 
+def _mended(laws: torch.Tensor, logits: torch.Tensor, scale: float) -> list[Status] | None:
+    """Once more, with care, the rows that softmax(logits * scale) has turned into NaN; as `_broken` for the others."""
+    index = np.flatnonzero(np.isnan(host(laws[:, 0]))).tolist()
+    if not index:
+        return None
+    status = [Status(0)] * len(laws)
+    for row in index:
+        status[row] = _stable_law(logits[row], scale, laws[row]) or Status(0)
+        if status[row]:
+            laws[row] = 0.0
+    return status
+
+
 def _broken(laws: torch.Tensor, logits: torch.Tensor) -> list[Status] | None:
     """Find the rows that softmax has turned into NaN, and clear them so that they can spoil no sum."""
     first = host(laws[:, 0])
@@ -449,7 +465,7 @@ def _general_law(logits: torch.Tensor, sampling: Sampling, out: torch.Tensor) ->
     limited = (sampling.top_k > 0) & (sampling.top_k < vocab)
     if ((limited | (sampling.top_p < 1) | (sampling.min_p > 0)) & ~greedy).any():
         source.masked_fill_(source < _column(cutoffs(source, scale, sampling), logits.device), -torch.inf)
-    source.mul_(_column(scale, logits.device))
+    source.sub_(source.amax(-1, keepdim=True)).mul_(_column(scale, logits.device))
     torch.softmax(source, -1, out=out)
     if greedy.any():
         index = np.flatnonzero(greedy)
@@ -462,7 +478,7 @@ def _one_hot(logits: torch.Tensor, index: Array, out: torch.Tensor) -> None:
     rows = take(logits, index).float()
     top = rows.amax(-1)
     where = torch.from_numpy(index).to(logits.device)
-    out[where] = torch.where(torch.isfinite(top), 0.0, torch.nan)[:, None]
+    out[where] = torch.where(torch.isfinite(top), 0.0, torch.nan).to(out.dtype)[:, None]
     position = first_argmax(rows, top)
     out[where, position] += 1.0
 

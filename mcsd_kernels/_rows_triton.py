@@ -21,9 +21,10 @@ has three times None:
 
 * `bitmask`: the row is read as if it held -inf at the tokens whose bit is not set in its words, from `words_ptr` on,
   32 tokens a word. Without it `words_ptr` is any pointer.
-* `columns_ptr`: the row's columns are a vocabulary of their own (a draft's). `[VOCAB + 1 + 2 columns]` i32: the
+* `columns_ptr`: the row's columns are a vocabulary of their own (a draft's). `[VOCAB + 2 + 2 columns]` i32: the
   column of each token, -1 where none; -1 if no two columns have the same token; for each column the next one of the
-  same token, or -1; each column's token, -1 where it is none. The columns of one token add up.
+  same token, or -1; each column's token, -1 where it is none; -1 if every column has a token. The columns of one token
+  add up.
 * `laws`: the row holds probabilities. It has no numbers and no statistics, for the weight of a token is the entry
   itself: single entries are read as they are, and what needs the mass of the row is a pass over it. Such a row may be
   no law. An entry below 0 has no mass. A NaN, an infinity, or a sum of `LARGEST_SUM` or more spoils the mass that a
@@ -42,12 +43,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
 from . import types
 from ._rules import LOST_DRAFT_MASS
+from ._schedule import every_register
 
 # The units of a sum of exp(x - top) leave room for so many tokens.
 LARGEST_VOCAB = 1 << 20
@@ -73,13 +74,8 @@ _LOST_DRAFT_MASS = tl.constexpr(LOST_DRAFT_MASS)
 
 
 def row_options(num_warps: int) -> dict[str, Any]:
-    """The launch options of every kernel that reads rows.
-
-    NVIDIA's assembler is told that it may use every register, else it spills some for the sake of more resident
-    programs than there are.
-    """
-    limit = {"maxnreg": 255} if torch.version.hip is None else {}
-    return {"num_warps": num_warps, "enable_fp_fusion": False, **limit}
+    """The launch options of every kernel that reads rows."""
+    return {"num_warps": num_warps, "enable_fp_fusion": False, **every_register()}
 
 
 def blocks_of(vocab: int) -> int:
@@ -634,6 +630,23 @@ def mass_outside(
                 factor = _power_to_small(most)
                 mass, most = _mass_of_columns(row, tokens_ptr, count, factor, VOCAB, COLUMNS, TILE)
                 mass = mass / factor
+    return tl.where(mass < _LOST_DRAFT_MASS, 0.0, mass)
+
+
+@triton.jit
+def known_mass(
+    row,  # tuple: of logits over columns of their own
+    VOCAB: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """f64: the mass of the columns that are some token's; 0 for less than `LOST_DRAFT_MASS`."""
+    kind = row[1]
+    mass, most = _mass_of_columns(row, kind[1], 0, 1.0, VOCAB, COLUMNS, TILE)
+    if mass < SMALL_MASS:
+        factor = _power_to_small(most)
+        mass, most = _mass_of_columns(row, kind[1], 0, factor, VOCAB, COLUMNS, TILE)
+        mass = mass / factor
     return tl.where(mass < _LOST_DRAFT_MASS, 0.0, mass)
 
 

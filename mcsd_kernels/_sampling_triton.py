@@ -10,6 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .types import LEAST_TEMPERATURE
+
+_LEAST_TEMPERATURE = tl.constexpr(LEAST_TEMPERATURE)
+
 
 def arguments(numbers: list[float], tensors: list[torch.Tensor | None]) -> tuple[Any, ...]:
     """`sampling.pack`'s result as one argument of a kernel, for `parameters`.
@@ -23,7 +27,7 @@ def arguments(numbers: list[float], tensors: list[torch.Tensor | None]) -> tuple
     rounded = float(np.float32(log_min_p))
     strides = tuple(tensor.stride(0) if tensor is not None and tensor.dim() else 0 for tensor in tensors)
     return (
-        1.0 / temperature if temperature else 0.0,
+        1.0 / max(temperature, LEAST_TEMPERATURE) if temperature else 0.0,
         float(top_k),
         top_p,
         rounded,
@@ -58,11 +62,11 @@ def parameters(
     if sampling[5] is not None:
         temperature = tl.load(sampling[5] + row * sampling[9]).to(tl.float64)
         sound = sound & (temperature >= 0.0) & (temperature < float("inf"))
-        inverse = 1.0 / tl.where(temperature > 0.0, temperature, 1.0)
-        scale = tl.where(temperature > 0.0, tl.minimum(inverse, 3.0e38), 0.0).to(tl.float32)
+        inverse = 1.0 / tl.where(temperature > _LEAST_TEMPERATURE, temperature, _LEAST_TEMPERATURE)
+        scale = tl.where(temperature > 0.0, inverse, 0.0).to(tl.float32)
     if sampling[6] is not None:
         limit = tl.load(sampling[6] + row * sampling[10]).to(tl.float64)
-        sound = sound & (limit >= 0.0)
+        sound = sound & (limit >= 0.0) & (tl.floor(limit) == limit)
         top_k = tl.where(limit < VOCAB, limit, 0.0).to(tl.int32).to(tl.float32)
     if sampling[7] is not None:
         share = tl.load(sampling[7] + row * sampling[11]).to(tl.float64)

@@ -1,4 +1,7 @@
-"""How the kernels over rows are launched: tables, and pure functions that read them."""
+"""How the kernels over rows are launched: tables, and pure functions that read them.
+
+Attention has a table of its own, beside its kernel.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +70,7 @@ def choose_row_launch(vocab: int) -> RowLaunch:
 
 def choose_launch(batch: int, nodes: int, vocab: int, device: torch.device) -> Launch:
     """The launch of `verify`: split while few requests leave processors idle, and there are rows to split."""
-    idle = batch < _FULL * _processors(device)
+    idle = batch < _FULL * processors(device)
     split = idle and vocab > _FEWEST_SPLIT_BLOCKS * DRAW_BLOCK
     waves = min(_WAVES, max(nodes - 1, 0))
     row = choose_row_launch(vocab)
@@ -75,8 +78,16 @@ def choose_launch(batch: int, nodes: int, vocab: int, device: torch.device) -> L
 
 
 @cache
-def _processors(device: torch.device) -> int:
-    """Streaming multiprocessors or compute units."""
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors or compute units; of a device that is not there, an H200's."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return _PROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def every_register() -> dict[str, int]:
+    """A launch option: NVIDIA's assembler may use every register.
+
+    Else it spills some for the sake of more resident programs than there are.
+    """
+    return {"maxnreg": 255} if torch.version.hip is None else {}

@@ -241,7 +241,8 @@ def _keep_path_kernel(
             path_ptr + request * path_stride_batch + step.to(tl.int64) * path_stride_step, mask=step < length, other=-1
         ).to(tl.int64)
         source, target = prefix + node, prefix + step
-        moves = (node >= 0) & (node != step) & (target >= 0) & (source < slots) & (target < slots)
+        moves = (node >= 0) & (node != step)
+        moves = moves & (source >= 0) & (target >= 0) & (source < slots) & (target < slots)
         of_keys, of_values = (
             moves[:, None] & (in_key < KEY_DIM)[None, :],
             moves[:, None] & (in_value < VALUE_DIM)[None, :],

@@ -69,13 +69,13 @@ class _Apart(Together):
     def __init__(self, batch: Batch, walks: list[Walk], ranks: Ranks) -> None:
         self.batch, self.walks, self.ranks = batch, walks, ranks
         device = batch.target.values.device
-        self.p = torch.zeros(len(walks), ranks.columns, device=device)
+        self.p = torch.zeros(len(walks), ranks.columns, dtype=torch.float32, device=device)
         self.q = torch.zeros_like(self.p)
         # the weights begin where a block of the whole vocabulary does, so that every rank means the same by a block
         self.lead = ranks.first % DRAW_BLOCK
         self.first_block = ranks.first // DRAW_BLOCK
         blocks = max(-(-(self.lead + ranks.columns) // DRAW_BLOCK), 1)
-        self.weights = torch.zeros(len(walks), blocks * DRAW_BLOCK, device=device)
+        self.weights = torch.zeros(len(walks), blocks * DRAW_BLOCK, dtype=torch.float32, device=device)
 
     def _rows(self, asking: list[Walk]) -> list[Any]:
         broken = self._laws(asking, self.p, self.batch.target)
@@ -246,15 +246,34 @@ def _column(numbers: Array, like: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.asarray(numbers, np.float32)).to(like.device)[:, None]
 
 
-def verify(group: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`mcsd_kernels.verify` on one rank; the other arguments as the operator's, the rows' columns this rank's alone."""
-    target_logits, _, tokens, parents, uniforms = arguments[:5]
-    checksum = float(host(tokens.double().sum() + parents.double().sum() + uniforms.double().sum()))
+@torch.no_grad()
+def verify(
+    group: Any,
+    target_logits: torch.Tensor,
+    draft_logits: torch.Tensor | None,
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    uniforms: torch.Tensor,
+    *others: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`mcsd_kernels.verify` on one rank; arguments as the operator's, but the rows' columns are this rank's alone."""
+    *_, bitmask, _ = others
+    # what is no number would differ from itself; it has its status, for its own request
+    coins = uniforms.double().nan_to_num()
+    checksum = float(host(tokens.double().sum() + parents.double().sum() + coins.sum()))
     agreed = {"tokens.shape[0]": tokens.shape[0], "tokens.shape[1]": tokens.shape[1]}
     ranks = Ranks(
         group, target_logits.device, target_logits.shape[-1], agreed | {"tokens, parents, uniforms": checksum}
     )
-    bitmask = arguments[-2]
     if bitmask is not None and bitmask.shape[-1] != -(-ranks.vocab // 32):
         raise ValueError(f"bitmask: expected {-(-ranks.vocab // 32)} words for all ranks, got {bitmask.shape[-1]}")
-    return run(*arguments, vocab=ranks.vocab, answers=lambda batch, walks: _Apart(batch, walks, ranks))
+    return run(
+        target_logits,
+        draft_logits,
+        tokens,
+        parents,
+        uniforms,
+        *others,
+        vocab=ranks.vocab,
+        answers=lambda batch, walks: _Apart(batch, walks, ranks),
+    )

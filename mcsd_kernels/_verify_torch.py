@@ -108,8 +108,11 @@ class Side:
         if self.ids is not None:
             laws = values.new_empty(values.shape, dtype=torch.float32)
             status = self._law(values, requests, laws, None)
-            if self.known is not None:  # a column of no token holds mass that no candidate can claim
+            if self.known is not None:  # what was drawn, given that it is a token
                 laws = torch.where(self.known, laws, 0.0)
+                if self.sampling is not None:
+                    mass = laws.sum(-1, keepdim=True)
+                    laws = torch.where(mass < rules.LOST_DRAFT_MASS, 0.0, laws / mass)
             rows_torch.scatter(laws, self.ids, buffer, slots)
             return status
         if self.bitmask is not None:
@@ -225,6 +228,8 @@ class Batch:
         status = np.zeros(batch, np.int32)
         for bit, where in found:
             status |= np.where(where, np.int32(bit), np.int32(0))
+        # a tree that is none has no candidates to speak of
+        status[(status & int(Status.BAD_TREE)) != 0] &= ~int(Status.BAD_TOKEN)
         return status if status.any() else None
 
     def _in_use(self) -> Array:
@@ -237,9 +242,12 @@ class Batch:
         return used
 
     def _inner(self) -> Array:
-        """`[batch, nodes]` bool: nodes with children."""
-        topologies = (self.topology(request) or [[]] * self.tokens.shape[1] for request in range(len(self.tokens)))
-        return np.array([[bool(siblings) for siblings in topology] for topology in topologies])
+        """`[batch, nodes]` bool: nodes with candidates, which virtual ones never have."""
+        inner = np.zeros(self.tokens.shape, bool)
+        for request, tokens in enumerate(self.token_lists):
+            for node, siblings in enumerate(self.topology(request) or ()):
+                inner[request, node] = any(0 <= tokens[child] < self.vocab for child in siblings)
+        return inner if self.target.rows is None else inner & (self.target.rows >= 0)
 
 
 class _Outputs:

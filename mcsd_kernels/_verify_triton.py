@@ -33,6 +33,7 @@ from ._rows_triton import (
     draw,
     find_law,
     is_spoilt,
+    known_mass,
     load_masses,
     mass_outside,
     own_masses,
@@ -136,11 +137,11 @@ def _prepare_kernel(
         i = start + tl.arange(0, BLOCK)
         inside = i < nodes
         later = inside & (i > 0)
-        parent = tl.load(parents_ptr + i, mask=inside, other=-1).to(tl.int32)
+        parent = _as_parent(tl.load(parents_ptr + i, mask=inside, other=-1))
         token = tl.load(tokens_ptr + i, mask=inside, other=-1)
         child = later & (parent != -1)
         stray = child & ((parent < 0) | (parent >= i))
-        grandparent = tl.load(parents_ptr + parent, mask=child & (stray == 0), other=0).to(tl.int32)
+        grandparent = tl.load(parents_ptr + parent, mask=child & (stray == 0), other=0)
         stray = stray | (child & (parent > 0) & (grandparent == -1))
         drawn = (token >= 0) & (token < VOCAB)
         bad_token = tl.maximum(bad_token, tl.max((child & (drawn == 0) & (token != -1)).to(tl.int32), 0))
@@ -160,7 +161,7 @@ def _prepare_kernel(
             last_drawn = tl.full([BLOCK], -1, tl.int32)
         for other_start in range(0, nodes, BLOCK):
             j = other_start + tl.arange(0, BLOCK)
-            other_parent = tl.load(parents_ptr + j, mask=(j > 0) & (j < nodes), other=-1).to(tl.int32)[None, :]
+            other_parent = _as_parent(tl.load(parents_ptr + j, mask=(j > 0) & (j < nodes), other=-1))[None, :]
             other_token = tl.load(tokens_ptr + j, mask=j < nodes, other=-1)[None, :]
             other_drawn = (other_token >= 0) & (other_token < VOCAB)
             below = other_parent == i[:, None]
@@ -197,7 +198,7 @@ def _prepare_kernel(
         if HAS_DRAFT:
             draft_rows_ptr = draft[1]
             if draft_rows_ptr is not None:
-                inner = inside & (count > 0)
+                inner = inside & (some > 0)
                 row = tl.load(draft_rows_ptr + request.to(tl.int64) * nodes + i, mask=inner, other=0)
                 stray = stray | (inner & ((row < 0) | (row >= draft_row_count)))
 
@@ -255,6 +256,12 @@ def _prepare_kernel(
 
 
 @triton.jit
+def _as_parent(number):
+    """int32, of an int64 too large for it one that is as wrong."""
+    return tl.minimum(tl.maximum(number, -2), 1 << 30).to(tl.int32)
+
+
+@triton.jit
 def _count_waves(
     wave_ptr,  # [nodes] i32, in, out: of one step to the ancestor; of the whole way from the root
     ancestor_ptr,  # [nodes] i32, in, out: the parent; the root
@@ -280,7 +287,7 @@ def _count_waves(
 @triton.jit
 def _columns_kernel(
     ids_ptr,  # [COLUMNS] i64
-    columns_ptr,  # in: -1 everywhere; out: [VOCAB + 1 + 2 COLUMNS] i32, see `_rows_triton`
+    columns_ptr,  # in: -1 everywhere; out: [VOCAB + 2 + 2 COLUMNS] i32, see `_rows_triton`
     VOCAB: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -297,6 +304,7 @@ def _columns_kernel(
     tl.store(columns_ptr + VOCAB + 1 + column, following, mask=known)
     tl.store(columns_ptr + VOCAB + 1 + COLUMNS + column, token, mask=known)
     tl.store(columns_ptr + VOCAB + column * 0, 1, mask=known & (following >= 0))
+    tl.store(columns_ptr + VOCAB + 1 + 2 * COLUMNS + column * 0, 1, mask=(column < COLUMNS) & (known == 0))
 
 
 # ---- a node of a request: its rows and its children
@@ -358,6 +366,13 @@ def _measure(
         scale, top_k, top_p, log_min_p, _ = parameters(sampling, request.to(tl.int64), COLUMNS)
         settings = (scale, top_k, top_p, log_min_p)
         numbers, bits = find_law(pointers, kind, settings, statistics_ptr, FILTERS, MEASURED, COLUMNS, TILE, BLOCKS)
+        columns_ptr = kind[1]
+        if columns_ptr is not None:
+            scale, cutoff, top, inverse, only = numbers
+            if (bits == 0) & (tl.load(columns_ptr + VOCAB + 1 + 2 * COLUMNS) >= 0):
+                known = known_mass((pointers, kind, numbers), VOCAB, COLUMNS, TILE)
+                inverse = tl.where(known > 0.0, inverse / tl.where(known > 0.0, known, 1.0), 0.0).to(tl.float32)
+            numbers = (scale, cutoff, top, inverse, only)
         for i in tl.static_range(5):
             tl.store(record_ptr + i, numbers[i].to(tl.float64))
     else:
@@ -618,11 +633,6 @@ def _with_Z(state, Z):
 def _small_draft_mass(kind):
     """Below this, what subtraction left of the draft's mass is summed afresh: always of laws that were handed over."""
     return _SMALL_DRAFT_MASS if kind[2] is None else 2.0
-
-
-@triton.jit
-def _with_c(state, c):
-    return (state[0], state[1], state[2], state[3], c)
 
 
 @triton.jit
@@ -1373,7 +1383,7 @@ def verify(
     links = new(batch, _LINKS.value, nodes, dtype=torch.int32)
     records = new(batch, nodes, 2, _RECORD.value, dtype=torch.float64)
     # laws that are handed over leave whole numbers of 64 bits there
-    statistics = new(batch, nodes, blocks + draft_blocks, 2, dtype=torch.float32)
+    statistics = new(batch, nodes, 2 * blocks + 2 * draft_blocks, dtype=torch.float32)
     masses = new(batch, nodes, blocks, dtype=torch.int64)
     frames = new(batch, nodes, _FRAME.value, dtype=torch.float64)
     path, length = new(batch, width, dtype=torch.int32), new(batch, dtype=torch.int32)
@@ -1383,7 +1393,7 @@ def verify(
         return outputs
     column_map = None
     if draft_logits is not None and draft_ids is not None:
-        column_map = torch.full((vocab + 1 + 2 * columns,), -1, dtype=torch.int32, device=device)
+        column_map = torch.full((vocab + 2 + 2 * columns,), -1, dtype=torch.int32, device=device)
     split = launch.schedule == "split"
     waves = min(launch.waves, nodes - 1) if split and proposal != "point" else 0  # "point" needs no sweep
     if proposal == "greedy" and rule == "recursive":
@@ -1502,7 +1512,7 @@ def prepare_bytes(batch: int, nodes: int, width: int, index_bytes: int = 8) -> i
 
 def columns_bytes(vocab: int, columns: int) -> int:
     """`_columns_kernel`: the ids, the cleared map of the tokens, two entries a column."""
-    return columns * 8 + (vocab + 1 + 2 * columns) * 4
+    return columns * 8 + (vocab + 2 + 2 * columns) * 4
 
 
 def statistics_bytes(rows: int, vocab: int, logit_bytes: int) -> int:

@@ -117,7 +117,9 @@ def _tree_attention(*arguments: Any) -> torch.Tensor:
         from . import _attention_triton  # only here may triton be imported
 
         return _attention_triton.tree_attention(*rest)
-    return _torch_attention(*rest)
+    # the output has the query's dtype, whatever is around
+    with torch.autocast(rest[0].device.type, enabled=False):
+        return _torch_attention(*rest)
 
 
 def _torch_attention(
@@ -138,7 +140,8 @@ def _torch_attention(
     nodes = min(ancestors.shape[-1] * 32, key.shape[2])
     hides = window is not None  # whether a row may see nothing without being told so by its bits
     if query.is_cpu:
-        shown = _host_mask(ancestors.numpy(), prefix_lengths.tolist(), nodes, key.shape[2], window)
+        prefixes = prefix_lengths.clamp(0, key.shape[2]).tolist()
+        shown = _host_mask(ancestors.numpy(), prefixes, nodes, key.shape[2], window)
         seen: np.ndarray[Any, Any] = np.asarray(shown.any(1))
         first = int(seen.any(0).argmax()) if hides else 0
         hides = hides and not shown.any(-1).all()
@@ -147,7 +150,7 @@ def _torch_attention(
         if not seen[:, first:].all():
             hidden = torch.from_numpy(~seen[:, None, first:, None])
     else:
-        visible, prefix = unpack_bits(ancestors, nodes), prefix_lengths.long()
+        visible, prefix = unpack_bits(ancestors, nodes), prefix_lengths.long().clamp(0, key.shape[2])
         mask = dense_mask(visible, prefix, key.shape[2])
         if window is not None:
             mask &= _inside_window(visible, prefix, key.shape[2], window)

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from .sampling import RANGES, SamplingParams
-from .types import DRAW_BLOCK, PLACEHOLDER, Status, Verified
+from .types import DRAW_BLOCK, LEAST_TEMPERATURE, PLACEHOLDER, Status, Verified
 
 Law = NDArray[np.float64]
 
@@ -78,7 +78,7 @@ def row_law(
         law[int(np.argmax(values))] = 1.0
         return law
     kept = values >= _cutoff(values, temperature, top_k, top_p, min_p)[0]
-    law[kept] = np.exp((values[kept] - values.max()) * (1.0 / temperature))
+    law[kept] = np.exp((values[kept] - values.max()) * (1.0 / max(temperature, LEAST_TEMPERATURE)))
     return law / law.sum()
 
 
@@ -92,7 +92,7 @@ def _cutoff(values: Law, temperature: float, top_k: int, top_p: float, min_p: fl
     # distinct logits from the top down, each with the mass of one token and how many tie: they share one fate
     levels, ties = np.unique(values[values >= cut], return_counts=True)
     levels, ties = levels[::-1], ties[::-1]
-    relative = np.exp((levels - levels[0]) * (1.0 / temperature))
+    relative = np.exp((levels - levels[0]) * (1.0 / max(temperature, LEAST_TEMPERATURE)))
     if top_p < 1:
         total = float((ties * relative).sum())
         above = np.cumsum(ties * relative) - ties * relative
@@ -770,8 +770,12 @@ class _Request:
             status |= Status.BAD_TREE
         if self.proposal != "point" and not status & Status.BAD_TREE:
             assert self.draft_logits is not None
-            if any(not 0 <= self.draft_rows[self.parents[i]] < self.draft_logits.shape[0] for i in inside):
+            inner = {self.parents[i] for i in inside if 0 <= self.tokens[i] < self.vocab}
+            read = [i for i in inner if self.target_rows[i] != -1]
+            if any(not 0 <= self.draft_rows[i] < self.draft_logits.shape[0] for i in read):
                 status |= Status.BAD_TREE
+        if status & Status.BAD_TREE:
+            status &= ~Status.BAD_TOKEN
         if any(not 0 <= u < 1 for u in self.uniforms):
             status |= Status.BAD_UNIFORM
         for used, inputs, sampling in (
@@ -801,7 +805,10 @@ class _Request:
             for token, mass in zip(self.draft_ids, law, strict=True):
                 if 0 <= token < self.vocab:
                     whole[token] += mass
-            return whole
+            if self.draft_inputs == "probabilities":
+                return whole
+            known = whole.sum()  # what was drawn, given that it is a token
+            return whole / known if known >= LOST_DRAFT_MASS else np.zeros(self.vocab)
 
         def children(node: int) -> list[Candidate]:
             if self._depth(node) >= self.max_depth:

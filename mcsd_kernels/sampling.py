@@ -19,7 +19,8 @@ class SamplingParams:
     tokens that tie with the cut-off stay.
 
     Args:
-        temperature: divides the logits; >= 0. 0 is the one-hot law of the argmax (the lowest index wins ties).
+        temperature: divides the logits; >= 0. 0 is the one-hot law of the argmax (the lowest index wins ties); what is
+            larger counts as 1 / 3e38 at least.
         top_k: keep the k largest logits; 0 keeps all.
         top_p: keep a token if the tokens strictly above it hold less than this share of the mass; in (0, 1].
         min_p: keep a token if its probability is at least this share of the largest one; in [0, 1].

@@ -89,10 +89,12 @@ def keep_path(
     """In place: move the accepted nodes' keys and values to the end of the prefix; nothing else moves.
 
     Args:
-        key, value: `[batch, kv_heads, slots, head_dim]`, any strides; layers may be folded into the head axis.
+        key, value: `[batch, kv_heads, slots, head_dim]`, any strides; layers may be folded into the head axis. One may
+            be a part of the other, as where keys and values are read from one latent cache.
         prefix_lengths: `[batch]` int32 or int64; node j lies in slot prefix_lengths[b] + j.
         path: `[batch, depth + 1]` int32 or int64, as `verify` returns it: entry t moves to slot
-            prefix_lengths[b] + t. Ids ascend, as they do on every way down a tree.
+            prefix_lengths[b] + t. Ids ascend, as they do on every way down a tree. What would move from or to a slot
+            that there is not stays.
         length: `[batch]` int32 or int64, how many entries of `path` are valid.
         backend: "torch" or "triton"; None to choose by device.
 
@@ -174,28 +176,29 @@ def _tree_attention_mask(parents: torch.Tensor, prefix_lengths: torch.Tensor, to
 def _keep_path(
     key: torch.Tensor, value: torch.Tensor, prefix_lengths: torch.Tensor, path: torch.Tensor, length: torch.Tensor
 ) -> None:
+    slots = key.shape[2]
     moves = [
-        (request, node, place)
-        for request, (nodes, count) in enumerate(zip(path.tolist(), length.tolist(), strict=True))
+        (request, start + node, start + place)
+        for request, (nodes, count, start) in enumerate(
+            zip(path.tolist(), length.tolist(), prefix_lengths.tolist(), strict=True)
+        )
         for place, node in enumerate(nodes[: max(count, 0)])
-        if node != place and node >= 0
+        if node != place and node >= 0 and 0 <= start + place < slots and 0 <= start + node < slots
     ]
     if not moves:
         return
     # down the tree numbers grow, so whatever a move overwrites was moved before
-    if key.is_cpu and len(moves) <= _ONE_BY_ONE and all(node > place for _, node, place in moves):
-        starts = prefix_lengths.tolist()
-        for request, node, place in moves:
+    if key.is_cpu and len(moves) <= _ONE_BY_ONE and all(source > target for _, source, target in moves):
+        for request, source, target in moves:
             for cache in (key, value):
-                slots = cache[request].transpose(0, 1)
-                slots[starts[request] + place] = slots[starts[request] + node]
+                of_slots = cache[request].transpose(0, 1)
+                of_slots[target] = of_slots[source]
         return
-    batch, source, target = torch.tensor(moves, device=key.device).unbind(1)
-    prefix = prefix_lengths.long()[batch]
-    source, target = prefix + source, prefix + target
-    for cache in (key, value):
-        rows = cache.transpose(1, 2)
-        rows[batch, target] = rows[batch, source]
+    batch, sources, targets = torch.tensor(moves, device=key.device).unbind(1)
+    rows = key.transpose(1, 2), value.transpose(1, 2)
+    kept = [some[batch, sources] for some in rows]  # both first: they may share memory
+    for some, of_path in zip(rows, kept, strict=True):
+        some[batch, targets] = of_path
 
 
 _ONE_BY_ONE = 8

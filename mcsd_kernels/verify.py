@@ -54,7 +54,8 @@ def verify(
         target_logits: `[batch, nodes, vocab]` f16, bf16 or f32, last axis contiguous: row i holds the target's logits
             after node i. With `target_rows`: `[rows, vocab]`.
         draft_logits: the same for the draft: row i holds the logits that node i's children were drawn from (rows of
-            leaves are never read). With `draft_rows`: `[rows, vocab]`. None only for ``proposal="point"``.
+            nodes without candidates are never read). With `draft_rows`: `[rows, vocab]`. None only for
+            ``proposal="point"``.
         tokens: `[batch, nodes]` int64 or int32. Column 0 is the root, the last committed token; siblings stand in draw
             order. -1 is a missing candidate; so is a token >= vocab, which also sets `Status.BAD_TOKEN`.
         parents: `[nodes]` or `[batch, nodes]` int32 or int64, ``parents[0] = -1`` and ``parents[i] < i``; -1 for i > 0
@@ -69,7 +70,7 @@ def verify(
         draft_sampling: those of the draft; None: the same.
         target_rows: `[batch, nodes]` int32 or int64, the row of each node in `[rows, vocab]` logits. -1 makes a
             virtual node: it is tested, and if accepted it is the last token emitted.
-        draft_rows: the same for the draft; rows of leaves are not read.
+        draft_rows: the same for the draft, any number for a node without candidates.
         max_depth: the caller's bound on the tree's depth, which fixes the width of the result; a node at that depth
             counts as a leaf. None: nodes - 1.
         backend: "torch" or "triton"; None to choose by device.
@@ -82,8 +83,9 @@ def verify(
         bitmask: `[batch, nodes, ceil(vocab / 32)]` int32: the target's law after node i is restricted to the tokens v
             whose bit v % 32 of word v // 32 is set, before temperature and filters (a grammar's mask).
         draft_ids: `[columns]` int64, the target's token of each column of `draft_logits`, for a draft with a vocabulary
-            of its own. Tokens stay the target's; a column whose id is no token of the target counts for nothing, and
-            columns of the same token add up.
+            of its own. Tokens stay the target's, and columns of the same token add up. Where a column's id is no token
+            of the target, a candidate drawn from it is a missing one, and the draft's law is that of the others; with
+            `draft_inputs="probabilities"` such columns count for nothing and should hold 0.
         group: a `torch.distributed` process group whose ranks each hold a slice of the vocabulary: both sides' rows are
             then this rank's columns (consecutive, in the order of the ranks, as many as it likes), everything else,
             the bitmask included, is the same on all ranks, and so is the result. Ranks exchange sums, never rows. Not

@@ -288,6 +288,15 @@ def test_the_mask_of_the_host_is_the_mask_of_the_device() -> None:
             assert not wanted[..., found.shape[2] :].any()
 
 
+def test_autocast_does_not_matter(device: torch.device) -> None:
+    case = make(random_parents(9, 0), [5, 8], dtype=torch.float32)
+    for options in ({}, {"softcap": 5.0}):
+        wanted = tree_attention(*case, **options)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = tree_attention(*case, **options)
+        assert found.dtype == torch.float32 and torch.equal(found, wanted)
+
+
 def test_an_empty_batch(device: torch.device) -> None:
     arguments = [x[:0].to(device) for x in make(random_parents(5, 0, batch=2), [3, 3])]
     assert tree_attention(*arguments).shape == (0, 4, 5, 16)

@@ -88,6 +88,10 @@ CALLS: dict[str, Callable[[], None]] = {
     "attention, float32, heads of 256, window, softcap": lambda: _attention(
         64, (16, 8), 256, 512, dtype=torch.float32, window=256, softcap=50.0
     ),
+    # a single key-value head of a long text: as many parts as there ever are
+    "attention, 2 nodes, heads of 64, long": lambda: _attention(2, (8, 1), 64, 131_072),
+    "attention, 2 nodes, heads of 128, long": lambda: _attention(2, (12, 2), 128, 70_000),
+    "attention, 4 nodes, heads of 256, long": lambda: _attention(4, (8, 1), 256, 70_000),
     "ancestor bits": lambda: _tree_triton.ancestor_bits(fake(3, 64, dtype=torch.int64)),
     "ancestor bits, 1024 nodes": lambda: _tree_triton.ancestor_bits(fake(1024, dtype=torch.int32)),
     "depths": lambda: _tree_triton.node_depths(fake(3, 64, 2, dtype=torch.int32)),

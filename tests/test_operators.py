@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import mcsd_kernels
 from mcsd_kernels import (
     SamplingParams,
+    _library,
     ancestor_bits,
     draw_candidates,
     draw_uniforms,
@@ -361,6 +363,34 @@ def test_meta_tensors(function: Callable[..., Any], arguments: Callable[[], Argu
     found = changed(function, inputs, function(**inputs))
     for a, b in zip(found, wanted, strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.is_meta
+
+
+class OnGpu:
+    """As much of a tensor as the choice of a device looks at."""
+
+    is_cuda = True
+
+    def __init__(self, index: int) -> None:
+        self.device = torch.device("cuda", index)
+
+
+def test_an_operator_runs_on_the_gpu_of_its_first_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    current, seen = [0], []
+
+    @contextlib.contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], wanted.index
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    run = _library._on_its_device(lambda *arguments: seen.append((current[0], len(arguments))))
+    for first in (OnGpu(0), OnGpu(2), torch.zeros(1), OnGpu(1)):
+        run(first, "more")
+    assert seen == [(0, 2), (2, 2), (0, 2), (1, 2)] and current == [0]
 
 
 @pytest.mark.parametrize("vocab", [50, 9000], ids=["short-rows", "long-rows"])

@@ -223,6 +223,31 @@ def test_keep_path_of_random_trees(device: torch.device) -> None:
         assert bits_equal(moved, wanted)
 
 
+def test_keep_path_where_values_are_a_part_of_the_keys(device: torch.device) -> None:
+    """More moves than are done one by one."""
+    latent = filled_cache((4, 2, 40, 8)).to(device)
+    prefix, length = torch.tensor([3, 0, 9, 20], device=device), torch.full((4,), 8, device=device)
+    path = (torch.arange(8) * 2).repeat(4, 1).to(device)
+    wanted, _ = reference.keep_path(latent, latent, prefix, path, length)
+    keep_path(latent, latent[..., :5], prefix, path, length)
+    assert bits_equal(latent, wanted)
+
+
+@pytest.mark.parametrize("moves", [3, 12], ids=["few", "many"])
+def test_keep_path_leaves_out_slots_that_are_not_there(moves: int, device: torch.device) -> None:
+    cache = filled_cache((3, 2, 30, 4)).to(device)
+    path = torch.arange(moves + 1).mul(2).repeat(3, 1).to(device)
+    length = torch.full((3,), moves + 1, device=device)
+    prefix = torch.tensor([1, -2, 30 - moves], device=device)
+    wanted = cache.clone()
+    for request, start in enumerate(prefix.tolist()):
+        for step in range(moves + 1):
+            if start + step >= 0 and start + 2 * step < 30:
+                wanted[request, :, start + step] = cache[request, :, start + 2 * step]
+    keep_path(cache, cache.clone(), prefix, path, length)
+    assert bits_equal(cache, wanted)
+
+
 def test_keep_path_of_an_empty_batch(device: torch.device) -> None:
     cache = torch.zeros(0, 2, 8, 4, device=device)
     none = torch.zeros(0, dtype=torch.int32, device=device)

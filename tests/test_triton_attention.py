@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 import triton_interpreter
 from test_attention import DTYPES, check, make
 from test_tree import random_parents
 
 from mcsd_kernels import _attention_triton as attention_triton
 from mcsd_kernels import reference, tree_attention
-from mcsd_kernels._attention_triton import Launch, attention_bytes, attention_flops, choose_launch
+from mcsd_kernels._attention_triton import AttentionLaunch, attention_bytes, attention_flops, choose_attention_launch
 
 triton_interpreter.install()
 
@@ -44,7 +45,9 @@ def launched(rows: int, keys: int, splits: int) -> Callable[..., torch.Tensor]:
     def attention(*arguments: torch.Tensor, **options: Any) -> torch.Tensor:
         scale = options.get("scale") or arguments[0].shape[-1] ** -0.5
         rest = (options.get(name) for name in ("window", "softcap", "block_table", "sinks"))
-        return attention_triton.tree_attention(*arguments, scale, *rest, launch=Launch(rows, keys, 4, 2, 1, splits))
+        return attention_triton.tree_attention(
+            *arguments, scale, *rest, launch=AttentionLaunch(rows, keys, 4, 2, 1, splits)
+        )
 
     return attention
 
@@ -309,12 +312,13 @@ def test_the_launch_is_a_function_of_shapes() -> None:
             for rows in (1, 16, 17, 64, 100, 4096):
                 for heads in (1, 8, 64, 1024):
                     for slots in (1, 500, 4096, 32_768, 10**6):
-                        launch = choose_launch(head_dim, itemsize, rows, slots, heads, 132)
+                        launch = choose_attention_launch(head_dim, itemsize, rows, slots, heads, 132)
                         programs = -(-rows // launch.block_rows) * heads
                         assert launch.splits == 1 or programs * launch.splits <= 132 * launch.resident
                         assert launch.splits * 256 <= max(slots, 256)
-    assert choose_launch(128, 2, 64 * 4, 4160, 8, 132).splits > 4
-    assert choose_launch(128, 2, 64 * 4, 4160, 8, 132, amd=True).num_stages == 2
+                        assert launch.splits * triton.next_power_of_2(head_dim) <= 1 << 14
+    assert choose_attention_launch(128, 2, 64 * 4, 4160, 8, 132).splits > 4
+    assert choose_attention_launch(128, 2, 64 * 4, 4160, 8, 132, amd=True).num_stages == 2
 
 
 def test_what_a_call_must_move_and_multiply() -> None:

@@ -10,6 +10,13 @@ import pytest
 import torch
 import triton_interpreter
 from cases import EXTRAS, NEAR, extended
+from test_verify_inputs import (  # noqa: F401 - here they run with the other backend
+    test_a_draft_row_is_asked_for_only_where_there_are_candidates,
+    test_a_parent_of_64_bits_is_not_cut_to_32,
+    test_a_top_k_that_is_no_whole_number_is_out_of_range,
+    test_the_lowest_temperatures,
+    test_what_is_no_tree_has_no_wrong_tokens,
+)
 
 from mcsd_kernels import Status, _verify_triton, reference, verify
 from mcsd_kernels._schedule import Launch

@@ -17,7 +17,15 @@ import torch
 import torch.nn.functional as F
 from cases import PROPOSALS, RULES
 
-from mcsd_kernels import SamplingParams, Status, Verified, draw_candidates, draw_uniforms, reference, verify
+from mcsd_kernels import (
+    SamplingParams,
+    Status,
+    Verified,
+    draw_candidates,
+    draw_uniforms,
+    reference,
+    verify,
+)
 from mcsd_kernels.types import PLACEHOLDER
 
 EVERY = [pytest.param(rule, proposal, id=f"{rule}-{proposal}") for rule in RULES for proposal in PROPOSALS]
@@ -200,15 +208,18 @@ def test_the_lowest_logits_of_a_dtype_are_masked_tokens(vocab: int, dtype: torch
 
 @pytest.mark.parametrize("vocab", [20, 8300], ids=["short-rows", "long-rows"])
 @pytest.mark.parametrize("rule", RULES)
-def test_a_row_that_overflows_when_scaled_has_a_status(rule: str, vocab: int, device: torch.device) -> None:
-    target = torch.zeros(2, 3, vocab, device=device)
+def test_a_row_that_would_overflow_when_scaled_has_its_law(rule: str, vocab: int, device: torch.device) -> None:
+    target = torch.zeros(3, 3, vocab, device=device)
     target[1, :, 5] = 3e38
+    target[2] = -3e38
     found = verify(
-        target, torch.zeros_like(target), torch.tensor([[0, 1, 2]] * 2, device=device),
-        torch.tensor([-1, 0, 0], device=device), torch.full((2, 5), 0.5, device=device), rule=rule,
+        target, torch.zeros_like(target), torch.tensor([[0, 1, 2]] * 3, device=device),
+        torch.tensor([-1, 0, 0], device=device), torch.full((3, 5), 0.5, device=device), rule=rule,
         sampling=SamplingParams(temperature=0.5),
     )  # fmt: skip
-    assert found.status.tolist() == [0, Status.NAN_ROW]
+    assert found.status.tolist() == [0, 0, 0]
+    assert found.tokens[1].tolist() == [5, -1, -1]
+    assert torch.equal(found.tokens[0], found.tokens[2])  # both rows are uniform
 
 
 @pytest.mark.parametrize(("rule", "proposal"), EVERY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import cases
@@ -9,7 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from mcsd_kernels import SamplingParams, Status, _rows_torch, draw_candidates, draw_uniforms, reference, verify
+from mcsd_kernels import (
+    SamplingParams,
+    Status,
+    _rows_torch,
+    draw_candidates,
+    draw_uniforms,
+    reference,
+    row_cutoffs,
+    verify,
+)
+
+# `test_triton_verify_inputs` runs some of these tests once more
+BACKENDS = ["triton" if os.environ.get("TRITON_INTERPRET") == "1" else "torch"]
 
 
 def differing(case: cases.Case) -> list[int]:
@@ -186,6 +199,122 @@ def test_law_of_a_mixed_tree_under_a_mask_from_a_smaller_vocabulary(proposal: st
     # about five standard errors of the largest share
     assert (seen - law).abs().max() < 5 * (0.25 / count) ** 0.5
     assert (out.length > 1).float().mean() > 0.4
+
+
+@pytest.mark.parametrize("rule", cases.RULES)
+@pytest.mark.parametrize("proposal", ["without_replacement", "with_replacement", "greedy"])
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(0.7, top_k=4)], ids=["plain", "top-k"])
+def test_law_where_a_column_is_no_token(sampling: SamplingParams, proposal: str, rule: str) -> None:
+    """What is drawn from such a column is a missing candidate, and the law is the target's all the same."""
+    count = 20_000
+    p = torch.tensor([0.5, 0.3, 0.2])
+    q, ids = torch.tensor([0.3, 0.35, 0.2, 0.1, 0.05]).log(), torch.tensor([2, -1, 0, 7, 1])
+    seeds, parents = torch.arange(count), torch.tensor([-1, 0, 0, 0, 1, 1])
+    to_token = torch.where((ids >= 0) & (ids < 3), ids, -1)
+    tokens = torch.zeros(count, 6).long()
+    for node, children in ((0, slice(1, 4)), (1, slice(4, 6))):
+        options = {"proposal": proposal, "sampling": sampling, "nodes": torch.full((count,), node)}
+        columns = draw_candidates(q.expand(count, -1), 3 - node, seeds, 0, **options)
+        tokens[:, children] = torch.where(columns >= 0, to_token[columns], -1)
+    out = verify(
+        p.log().expand(count, 6, 3), q.expand(count, 6, 5), tokens, parents, draw_uniforms(seeds, 0, 8),
+        proposal=proposal, rule=rule, draft_sampling=sampling, draft_ids=ids,
+    )  # fmt: skip
+    assert not out.status.any()
+    first = torch.bincount(out.tokens[:, 0], minlength=3) / count
+    assert (first - p).abs().max() < 5 * (0.25 / count) ** 0.5
+    second = torch.bincount(out.tokens[out.length > 1, 1], minlength=3)
+    assert (second / second.sum() - p).abs().max() < 5 * (0.25 / second.sum()) ** 0.5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", cases.RULES)
+def test_a_draft_row_is_asked_for_only_where_there_are_candidates(rule: str, backend: str) -> None:
+    target, draft = torch.zeros(5, 7), torch.zeros(2, 7)
+    parents = torch.tensor([-1, 0, 0, 1, 2])
+    tokens = torch.tensor([[0, 3, 4, -1, 5], [0, 3, 4, -1, 5], [0, 3, 4, 2, 5], [0, 3, 4, -1, 9]])
+    target_rows = torch.arange(5).repeat(4, 1)
+    target_rows[0, 2] = -1  # virtual: nothing below it counts
+    draft_rows = torch.tensor([[0, -1, 99, -7, 99], [0, -1, 1, -7, 99], [0, -1, 1, -7, 99], [0, -1, 99, -7, 99]])
+    out = verify(
+        target, draft, tokens, parents, torch.full((4, 7), 0.5), rule=rule, target_rows=target_rows,
+        draft_rows=draft_rows, backend=backend,
+    )  # fmt: skip
+    assert out.status.tolist() == [0, 0, Status.BAD_TREE, Status.BAD_TOKEN]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_no_tree_has_no_wrong_tokens(backend: str) -> None:
+    target = torch.zeros(3, 7)
+    tokens, rows = torch.tensor([[0, 9, 1]] * 3), torch.tensor([[0, 1, 2], [0, 9, 2], [0, 1, 2]])
+    parents = torch.tensor([[-1, 0, 0], [-1, 0, 0], [-1, 5, 0]])
+    call = (target, None, tokens, parents, torch.full((3, 5), 0.5))
+    options = {"proposal": "point", "target_rows": rows}
+    wanted = [Status.BAD_TOKEN, Status.BAD_TREE, Status.BAD_TREE]
+    assert verify(*call, **options, backend=backend).status.tolist() == wanted
+    assert reference.verify(*call, **options).status.tolist() == wanted
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("parent", [2**32, 2**32 - 1, -(2**32), 2**31, -(2**40) - 1])
+def test_a_parent_of_64_bits_is_not_cut_to_32(parent: int, backend: str) -> None:
+    call = (torch.zeros(1, 3, 7), None, torch.tensor([[0, 3, 4]]), torch.tensor([-1, parent, 0]), torch.zeros(1, 5))
+    out = verify(*call, proposal="point", backend=backend)
+    assert out.status.tolist() == [Status.BAD_TREE] and out.length.tolist() == [1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_top_k_that_is_no_whole_number_is_out_of_range(backend: str) -> None:
+    logits = torch.randn(4, 1, 9)
+    top_k = torch.tensor([2.0, 1.5, 0.0, torch.inf])
+    call = (logits, None, torch.zeros(4, 1).long(), torch.tensor([-1]), torch.full((4, 3), 0.5))
+    out = verify(*call, proposal="point", sampling=SamplingParams(top_k=top_k), backend=backend)
+    assert out.status.tolist() == [0, Status.BAD_SAMPLING, 0, 0]
+
+
+@pytest.mark.parametrize("vocab", [20, 8300], ids=["short-rows", "long-rows"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(dtype: torch.dtype, vocab: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 2, vocab, generator=random)
+    temperature = torch.tensor([0.0, 0.8])
+    seeds, parents = torch.arange(2), torch.tensor([-1, 0])
+
+    def both() -> tuple[torch.Tensor, ...]:
+        drawn = draw_candidates(logits[:, 0], 1, seeds, 0, sampling=SamplingParams(temperature))
+        tokens = torch.cat([torch.zeros_like(drawn), drawn], 1)
+        uniforms = draw_uniforms(seeds, 0, 4)
+        return drawn, *verify(logits, logits, tokens, parents, uniforms, sampling=SamplingParams(temperature))
+
+    wanted = both()
+    torch.set_default_dtype(dtype)
+    try:
+        found = both()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("vocab", [20, 8300], ids=["short-rows", "long-rows"])
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3, "top_p": 0.9, "min_p": 0.1}], ids=["plain", "filters"])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-39, 1e-310, 5e-324])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_lowest_temperatures(
+    backend: str, temperature: float, filters: dict[str, Any], as_tensor: bool, vocab: int
+) -> None:
+    logits = torch.randn(2, 2, vocab, generator=torch.Generator().manual_seed(0))
+    value = torch.full((2,), temperature, dtype=torch.float64) if as_tensor else temperature
+    sampling = SamplingParams(value, **filters)
+    drawn = draw_candidates(logits[:, 0], 1, torch.arange(2), 0, sampling=sampling, backend=backend)
+    assert torch.equal(drawn[:, 0], logits[:, 0].argmax(-1))
+    tokens = torch.cat([torch.zeros_like(drawn), drawn], 1)
+    found = verify(
+        logits, logits, tokens, torch.tensor([-1, 0]), torch.full((2, 4), 0.9),
+        sampling=sampling, backend=backend,
+    )  # fmt: skip
+    assert torch.equal(found.tokens, logits.argmax(-1)) and not found.status.any()
+    assert torch.isfinite(row_cutoffs(logits[:, 0], sampling, backend=backend)).all() or not filters
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

@@ -95,6 +95,11 @@ def work(rank: int, folder: str) -> None:
         assert verify(infinite, mine[1], *rest, group=everyone).status.tolist() == bits
         root = infinite[:, :1], mine[1][:, :1], tokens[:, :1], parents[:1], rest[2][:, :3].contiguous()
         assert verify(*root, group=everyone).status.tolist() == bits
+    # a coin that is no number refuses its own request; and no gradient is wanted of anything
+    coins = rest[2].clone()
+    coins[1, 2] = torch.nan
+    wanting = [part.clone().requires_grad_() for part in mine]
+    assert verify(*wanting, tokens, parents, coins, group=everyone).status.tolist() == [0, Status.BAD_UNIFORM]
     dist.destroy_process_group()
     Path(folder, f"done-{rank}").touch()
 

@@ -39,8 +39,3 @@ def verify_bytes(target_rows: int, draft_rows: int, vocab: int, itemsize: int, b
     """Bytes that `verify` must move: the visited rows once, and the small inputs and outputs."""
     small = nodes * (8 + 4) + (nodes + 2) * 4 + 2 * 4
     return (target_rows + draft_rows) * vocab * itemsize + batch * small
-
-
-def preparation_bytes(rows: int, vocab: int, itemsize: int) -> int:
-    """Bytes of a softmax of all rows: each logit read, each fp32 probability written."""
-    return rows * vocab * (itemsize + 4)

@@ -44,7 +44,18 @@ def plant(tool: str, device: torch.device) -> None:
 
 def call_everything(rule: str, device: torch.device, vocab: int) -> None:
     """One small call of each operation, two proposals, filters on."""
-    from mcsd_kernels import SamplingParams, draw_candidates, draw_uniforms, row_cutoffs, verify
+    from mcsd_kernels import (
+        SamplingParams,
+        ancestor_bits,
+        draw_candidates,
+        draw_uniforms,
+        keep_path,
+        row_cutoffs,
+        tree_attention,
+        tree_attention_mask,
+        verify,
+    )
+    from mcsd_kernels.tree import node_depths
 
     parents = torch.tensor([-1, 0, 0, 0, 1, 1, 2, 4, -1, 0])
     batch, nodes = 2, len(parents)
@@ -59,6 +70,17 @@ def call_everything(rule: str, device: torch.device, vocab: int) -> None:
         result = verify(target, draft, drawn, parents.to(device), uniforms, rule=rule, **here)
         print(proposal, result.length.tolist())
     print(row_cutoffs(target[:, 0], sampling, backend="triton").tolist())
+
+    prefix, slots = torch.tensor([3, 30], dtype=torch.int32, device=device), 300
+    query = torch.randn(batch, 4, nodes, 64, generator=random).bfloat16().to(device)
+    key, value = (torch.randn(batch, 2, slots, 64, generator=random).bfloat16().to(device) for _ in range(2))
+    ancestors = ancestor_bits(parents.to(device), backend="triton")
+    print(node_depths(ancestors, backend="triton").tolist())
+    print(int(tree_attention_mask(parents.to(device), prefix, slots, backend="triton").sum()))
+    for window in (None, 16):
+        attended = tree_attention(query, key, value, ancestors, prefix, window=window, backend="triton")
+        print(float(attended.float().abs().mean()))
+    keep_path(key, value, prefix, result.path, result.length, backend="triton")
 
 
 def main() -> None:
