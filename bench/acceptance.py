@@ -23,10 +23,11 @@ from transformers import PreTrainedModel
 
 import mcsd
 from mcsd.batch import read_prompts
+from mcsd.bundled import DEFAULT_DRAFT, DEFAULT_TARGET
 from mcsd.distill.students import FeatureStudent
-from mcsd.draft_model import DEFAULT_DRAFT, load_draft
+from mcsd.draft_model import load_draft
 from mcsd.drafters.feature import FeatureDrafter
-from mcsd.models import DEFAULT_TARGET, load_target
+from mcsd.models import load_target
 
 _SHAPES = ("1", "2", "4", "4,2", "4,2,2", "1,1,1,1")
 

@@ -18,8 +18,8 @@ import torch
 from prompts import PROMPTS
 
 import mcsd
-from mcsd.draft_model import DEFAULT_DRAFT
-from mcsd.models import DEFAULT_TARGET, default_pair
+from mcsd.bundled import DEFAULT_DRAFT, DEFAULT_TARGET
+from mcsd.models import default_pair
 
 
 def main() -> None:

@@ -13,8 +13,9 @@ import harness
 import torch
 
 import mcsd
+from mcsd.bundled import DEFAULT_TARGET
 from mcsd.draft_model import load_draft
-from mcsd.models import DEFAULT_TARGET, load_target
+from mcsd.models import load_target
 from mcsd.stats import Stats
 
 DRAFT = "smollm2-draft"  # a model, whose forwards can be told from the rest

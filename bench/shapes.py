@@ -25,9 +25,9 @@ import torch
 from prompts_heldout import INSTRUCTIONS, TRANSLATIONS
 
 import mcsd
-from mcsd.draft_model import DEFAULT_DRAFT
+from mcsd.bundled import DEFAULT_DRAFT, DEFAULT_TARGET
 from mcsd.drafters import Proposal, State
-from mcsd.models import DEFAULT_TARGET, default_pair
+from mcsd.models import default_pair
 from mcsd_kernels import Verified
 
 CHAIN = (1, 1, 1, 1)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import harness
 
-from mcsd.models import DEFAULT_TARGET
+from mcsd.bundled import DEFAULT_TARGET
 from mcsd.profile import Profile
 
 

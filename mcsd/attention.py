@@ -149,9 +149,18 @@ def takes_tree_attention(model: PreTrainedModel) -> bool:
 @contextmanager
 def tree_attention_in(model: PreTrainedModel) -> Iterator[None]:
     """The model uses tree attention inside this context, and what it used before after it."""
-    before = model.config._attn_implementation
+    parts = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    before = [(config, config._attn_implementation) for config in _with_parts(model.config, *parts)]
     model.set_attn_implementation(NAME)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        for config, name in before:  # outer ones first: each changes those inside it, too
+            config._attn_implementation = name
+
+
+def _with_parts(*configs: Any) -> Iterator[Any]:
+    """Configurations, each before the ones inside it."""
+    for config in configs:
+        yield config
+        yield from _with_parts(*(part for key in config.sub_configs if (part := getattr(config, key, None))))

@@ -26,7 +26,7 @@ from .drafters.base import Adapter
 from .profile import Profile
 from .scoring import ATTENTION, Scorer
 from .stats import Stats
-from .trees import check_branching, columns
+from .trees import LARGEST_TREE, check_branching, columns
 
 
 @dataclass
@@ -110,7 +110,7 @@ def generate(
         progress: show a progress bar on stderr.
         callback: called with the running `Stats` after every step.
         observer: called in every step with what was verified: the state before it, the tree, the target's logits
-            `[batch, scored nodes, vocab]` and `verify`'s answer.
+            `[batch, scored nodes, vocab]` and `verify`'s answer. The next step may write to their memory.
 
     Returns:
         `Generation(sequences, stats)`. Interrupted from the keyboard, it holds what was generated so far.
@@ -132,9 +132,10 @@ def generate(
             raise ValueError(f"profile: expected a draft model or a drafter that takes any tree, got draft = {draft!r}")
         own = tuned.proposal if isinstance(temperature, torch.Tensor) else tuned.proposal_at(temperature)
         parents, proposal, rule = tuned.parents, proposal or own, rule or tuned.rule
-    drafter = _drafter(target, draft, branching, proposal, attention, temperature, parents)
+    drafter = drafter_for(target, draft, branching, proposal, attention, temperature, parents)
     rule = "recursive" if rule is None else rule
-    sampling = _sampling(temperature, top_k, top_p, min_p, input_ids.device)
+    device = target.get_input_embeddings().weight.device
+    sampling = _sampling(temperature, top_k, top_p, min_p, device)
     check.choice("rule", rule, RULES)
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected a whole number >= 1, got {max_new_tokens!r}")
@@ -151,14 +152,14 @@ def generate(
     ends = _Ends(target, eos_token_id, stopping_criteria, stop_strings, tokenizer)
     processors = _list_of(LogitsProcessorList, logits_processor)
 
-    room = longest + max_new_tokens + _LARGEST_TREE
+    room = longest + max_new_tokens + LARGEST_TREE
     scorer = Scorer(
         target, room, attention, drafter.reads_hidden, batch if graphs else None, _tell if progress else None
     )
     state = State(
         sequences=[list(prompt) for prompt in prompts],
         active=[True] * batch,
-        seeds=_seeds(seed, batch, input_ids.device),
+        seeds=_seeds(seed, batch, device),
         step=0,
         sampling=sampling,
         device=scorer.device,
@@ -166,7 +167,7 @@ def generate(
         vocab=target.get_output_embeddings().weight.shape[0] if target.get_output_embeddings() else config.vocab_size,
         scorer=scorer,
     )
-    output = _Output(input_ids, prompts, max_new_tokens, ends, streamer, pad_token_id, target)
+    output = _Output(input_ids, max_new_tokens, ends, streamer, pad_token_id, target)
     stats = Stats(status=[0] * batch)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
@@ -201,7 +202,7 @@ def generate(
                         callback(stats)
         except KeyboardInterrupt:
             stats.interrupted = True
-    return Generation(output.sequences(state), stats)
+    return Generation(output.sequences(), stats)
 
 
 def _untimed(name: str) -> AbstractContextManager[None]:
@@ -245,9 +246,6 @@ def step(
     return tree, logits, verified
 
 
-_LARGEST_TREE = 1024
-
-
 def _score(scorer: Scorer, state: State, tree: Proposal) -> torch.Tensor:
     """One target forward over the tree's nodes that want it."""
     scored = tree.tokens.shape[1] if tree.scored is None else tree.scored
@@ -279,7 +277,7 @@ def _verify(logits: torch.Tensor, state: State, tree: Proposal, proposal: str, r
         tree.draft_logits,
         tree.tokens,
         tree.parents,
-        _coins(state, tree),
+        coins_of(state, tree),
         proposal=proposal,
         rule=rule,
         sampling=state.sampling,
@@ -307,13 +305,13 @@ def _check_proposal(tree: Proposal, state: State, proposal: str) -> None:
         labels = getattr(tree, name)
         if labels is not None and tuple(labels.shape) not in ((nodes,), (batch, nodes)):
             raise ValueError(f"Proposal.{name}: expected [{nodes}] or [{batch}, {nodes}], got {list(labels.shape)}")
-    if nodes > _LARGEST_TREE:
-        raise ValueError(f"Proposal.tokens: expected at most {_LARGEST_TREE} nodes, got {nodes}")
+    if nodes > LARGEST_TREE:
+        raise ValueError(f"Proposal.tokens: expected at most {LARGEST_TREE} nodes, got {nodes}")
     if proposal != "point" and tree.draft_logits is None:
         raise ValueError(f'Proposal.draft_logits: expected a tensor for proposal "{proposal}", got None')
 
 
-def _coins(state: State, tree: Proposal) -> torch.Tensor:
+def coins_of(state: State, tree: Proposal) -> torch.Tensor:
     """`[batch, nodes + 2]` fresh uniforms; a node's number, and the final draw's, do not depend on the tree's size.
 
     They depend on seeds and step alone, so those of many steps are drawn together where trees keep their size.
@@ -396,7 +394,6 @@ class _Output:
     def __init__(
         self,
         input_ids: torch.Tensor,
-        prompts: list[list[int]],
         max_new_tokens: int,
         ends: _Ends,
         streamer: Any,
@@ -448,7 +445,7 @@ class _Output:
         state.refresh()
         return came
 
-    def sequences(self, state: State) -> torch.Tensor:
+    def sequences(self) -> torch.Tensor:
         """`[batch, longest]` int64, padded on the right."""
         if self.streamer is not None:
             self.streamer.end()
@@ -524,7 +521,7 @@ def _prompts(target: PreTrainedModel, input_ids: torch.Tensor, attention_mask: t
     return prompts
 
 
-def _drafter(
+def drafter_for(
     target: PreTrainedModel,
     draft: Any,
     branching: Sequence[int],

@@ -14,10 +14,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from .bundled import BUNDLED_DRAFTS
 from .drafters.feature import FeatureConfig, FeatureDrafter, FeatureModel
 
-BUNDLED_DRAFTS = ("smollm2-feature", "smollm2-draft")
-DEFAULT_DRAFT = BUNDLED_DRAFTS[0]
 DATA = Path(__file__).parent / "data"
 WEIGHTS_FILE = "draft_int8.safetensors"
 

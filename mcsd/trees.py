@@ -12,6 +12,8 @@ import torch
 from mcsd_kernels import ancestor_bits
 from mcsd_kernels.tree import unpack_bits
 
+LARGEST_TREE = 1024  # nodes, the root included
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -150,26 +152,26 @@ def parents_of(branching: Sequence[int]) -> tuple[int, ...]:
     return tuple(parents)
 
 
-def check_parents(parents: Sequence[int], largest: int = 1024) -> tuple[int, ...]:
+def check_parents(parents: Sequence[int]) -> tuple[int, ...]:
     """`parents` as a tuple.
 
     Raises:
-        ValueError: they describe no tree with a child, or one of more than `largest` nodes.
+        ValueError: they describe no tree with a child, or one of more than `LARGEST_TREE` nodes.
     """
     numbers = tuple(parents) if isinstance(parents, Sequence) and not isinstance(parents, str) else ()
     sound = len(numbers) > 1 and all(isinstance(p, int) and not isinstance(p, bool) for p in numbers)
     if not sound or numbers[0] != -1 or any(not 0 <= p < node for node, p in enumerate(numbers[1:], 1)):
         raise ValueError(f"parents: expected -1 and then for each node the number of an earlier one, got {parents!r}")
-    if len(numbers) > largest:
-        raise ValueError(f"parents: expected a tree of at most {largest} nodes, got {len(numbers)}")
+    if len(numbers) > LARGEST_TREE:
+        raise ValueError(f"parents: expected a tree of at most {LARGEST_TREE} nodes, got {len(numbers)}")
     return numbers
 
 
-def check_branching(branching: Sequence[int], largest: int = 1024) -> tuple[int, ...]:
+def check_branching(branching: Sequence[int]) -> tuple[int, ...]:
     """`branching` as a tuple.
 
     Raises:
-        ValueError: it is empty, an entry is below 1, or the tree has more than `largest` nodes.
+        ValueError: it is empty, an entry is below 1, or the tree has more than `LARGEST_TREE` nodes.
     """
     factors = tuple(branching) if isinstance(branching, Sequence) else ()
     if not factors or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in factors):
@@ -178,8 +180,8 @@ def check_branching(branching: Sequence[int], largest: int = 1024) -> tuple[int,
     for k in factors:
         width *= k
         nodes += width
-    if nodes > largest:
-        raise ValueError(f"branching: expected a tree of at most {largest} nodes, {factors} has {nodes}")
+    if nodes > LARGEST_TREE:
+        raise ValueError(f"branching: expected a tree of at most {LARGEST_TREE} nodes, {factors} has {nodes}")
     return factors
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 import mcsd
 from mcsd import Drafter, ModelDrafter, Proposal, State
-from mcsd.decode import _coins, step
+from mcsd.decode import coins_of, step
 from mcsd.graphs import PADDING, Forward, Outputs, fingerprint, prefix_bucket, row_bucket
 from mcsd.scoring import Scorer, UnsupportedModelError
 from mcsd.trees import columns
@@ -215,7 +215,7 @@ def test_every_step_has_its_own_coins() -> None:
     for state.step in [*range(150), 7]:  # trees of two sizes in turn, and a step back
         for tree in trees:
             wanted = draw_uniforms(state.seeds, state.step, tree.tokens.shape[1] + 2).roll(-2, 1)
-            assert torch.equal(_coins(state, tree), wanted)
+            assert torch.equal(coins_of(state, tree), wanted)
 
 
 def test_the_benchmark_of_the_loop_runs(tmp_path: Path) -> None:
@@ -267,7 +267,8 @@ class Recording:
     def __init__(self) -> None:
         self.captured = self.replayed = 0
 
-    def __call__(self, forward: Forward) -> tuple[Callable[[], None], Outputs]:
+    def __call__(self, forward: Forward, device: torch.device) -> tuple[Callable[[], None], Outputs]:
+        assert device.type == "cpu"
         outputs = forward()
         self.captured += 1
 

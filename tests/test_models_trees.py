@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, T5Config
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    T5Config,
+)
 
 import mcsd
 from mcsd.attention import TreeStep, tree_attention_in
@@ -184,6 +192,25 @@ def test_the_attention_of_a_model_comes_back() -> None:
             assert model.config._attn_implementation == "mcsd_tree"
             raise KeyError
         assert model.config._attn_implementation == own
+
+
+def test_the_attention_of_every_part_of_a_model_comes_back() -> None:
+    text = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    own = {"": "sdpa", "text_config": "sdpa", "vision_config": "eager"}
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=96)
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation=own)
+
+    def names() -> dict[str, str]:
+        parts = {name: part for name, part in model.named_modules() if isinstance(part, PreTrainedModel)}
+        found = {name: part.config._attn_implementation for name, part in parts.items()}
+        return found | {f"config.{part}": getattr(model.config, part)._attn_implementation for part in own if part}
+
+    before = names()
+    assert set(before.values()) == {"sdpa", "eager"}
+    with tree_attention_in(model):
+        assert "mcsd_tree" in names().values()
+    assert names() == before
 
 
 def test_tree_attention_wants_a_tree() -> None:

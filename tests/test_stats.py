@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 import mcsd
 from mcsd import Drafter, Proposal, State, Stats
+from mcsd.stats import device_time
 from tests.tiny import greedy, pad, perturbed, prompt, tiny
 
 PROMPTS = [prompt(17, 1), prompt(4, 2), prompt(9, 3)]
@@ -49,6 +50,21 @@ def test_time_goes_to_its_phase_even_in_an_error() -> None:
         raise KeyError
     assert stats.seconds["score"] >= 0.01 and 0 <= stats.seconds["draft"] < stats.seconds["score"]
     assert stats.total_seconds == sum(stats.seconds.values())
+
+
+def test_phases_wait_for_a_gpu_only_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    stats = Stats()
+    for kind, wanted in (("cpu", 0), ("cuda:1", 2)):
+        with device_time(torch.device(kind)):
+            for name in ("draft", "score"):
+                with stats.phase(name):
+                    pass
+        assert len(waited) == wanted
+    with stats.phase("draft"):
+        pass
+    assert waited == [torch.device("cuda:1")] * 2
 
 
 def test_a_run_counts_its_own_calls_and_tokens(llama: PreTrainedModel) -> None:

@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..batch import read_prompts
-from ..models import DEFAULT_TARGET, load_target
+from ..bundled import DEFAULT_TARGET
+from ..models import load_target
 from .files import same_settings
 from .product import save_product
 from .students import FeatureStudent, LayersStudent, new_feature_student, new_layers_student

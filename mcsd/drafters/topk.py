@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from mcsd_kernels import ancestor_bits
 
-from ..trees import columns
+from ..trees import LARGEST_TREE, columns
 from .base import Drafter, Proposal, State
 from .reading import read_all, scorer_of
 from .stopping import Stopping, going_on
@@ -51,9 +51,9 @@ class TopKDrafter(Drafter):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
         on_offer = beam + (depth - 1) * beam * beam
-        if not budget <= min(on_offer, _LARGEST_BUDGET):
+        if not budget <= min(on_offer, LARGEST_TREE - 1):
             raise ValueError(
-                f"budget: expected at most {min(on_offer, _LARGEST_BUDGET)} candidates "
+                f"budget: expected at most {min(on_offer, LARGEST_TREE - 1)} candidates "
                 f"(depth {depth} and beam {beam} offer {on_offer}), got {budget}"
             )
         self.model, self.attention, self.stopping = model, attention, stopping
@@ -122,6 +122,3 @@ class TopKDrafter(Drafter):
         ancestors = ancestor_bits(up)[:, first:].contiguous()
         depths = torch.full((tokens.shape[1],), depth, device=tokens.device)
         return self._scorer.score(tokens, ancestors, depths, state.prefix, offset=first)
-
-
-_LARGEST_BUDGET = 1023

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mcsd_kernels import SamplingParams
+from mcsd_kernels.verify import PROPOSALS
 
 from ..drafters import Drafter
 from ..profile import Ladder, Profile
@@ -112,7 +113,7 @@ def tune(
     tree_drafter(draft, (-1, 0), proposals[0] if proposals else "point")  # refuses what has no choice of trees
     if not prompts:
         raise ValueError("prompts: expected at least one")
-    known = ("without_replacement", "with_replacement", "greedy", "point") if temperature > 0 else ("point",)
+    known = PROPOSALS if temperature > 0 else ("point",)
     proposals = known if proposals is None else tuple(proposals)
     if not proposals or not set(proposals) <= set(known):
         raise ValueError(f"proposals: expected some of {', '.join(known)} at this temperature, got {proposals}")

@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mcsd_kernels import SamplingParams, Verified
 
 from ..decode import generate
 from ..diagnostics import draft_logits_of, laws, with_replacement_stages
 from ..drafters import Drafter, ModelDrafter, Proposal, State
-from ..stats import Stats
+from ..plain import plain_decoding
+from ..stats import Stats, device_time
 from ..trees import columns, parents_of
 from .search import Costs, Labels
 
@@ -210,17 +211,18 @@ def measure_costs(
                     steps.append({name: s - before.get(name, 0.0) for name, s in stats.seconds.items()})  # noqa: B023
                 before = dict(stats.seconds)
 
-            _to_the_end(
-                target,
-                tree_drafter(draft, shape, proposal, attention),
-                context,
-                max_new_tokens=3 * (WARM_UP + repeats // 2),
-                stopping_criteria=lambda ids, scores, **_: torch.tensor([count >= WARM_UP + repeats // 2]),  # noqa: B023
-                callback=note,
-                attention=attention,
-                eos_token_id=[],
-                **numbers(sampling),
-            )
+            with device_time(target.device):
+                _to_the_end(
+                    target,
+                    tree_drafter(draft, shape, proposal, attention),
+                    context,
+                    max_new_tokens=3 * (WARM_UP + repeats // 2),
+                    stopping_criteria=lambda ids, scores, **_: torch.tensor([count >= WARM_UP + repeats // 2]),  # noqa: B023
+                    callback=note,
+                    attention=attention,
+                    eos_token_id=[],
+                    **numbers(sampling),
+                )
 
     def median(shape: tuple[int, ...], *names: str) -> float:
         return statistics.median(sum(step.get(name, 0.0) for name in names) for step in phases[shape])
@@ -333,7 +335,8 @@ def race(
         _wait(target.device)
         start = time.perf_counter()
         if contender.parents is None:
-            emitted = calls = _plain(target, prompt, count, sampling, number)
+            sequences = plain_decoding(target, prompt, count, numbers(sampling), number)
+            emitted = calls = int(sequences.shape[1] - prompt.shape[1])
         else:
             drafter = tree_drafter(draft, contender.parents, contender.proposal, attention)
             stats = _to_the_end(
@@ -358,21 +361,3 @@ def race(
             contender.runs.append(run(contender, prompt, tokens, seed + number))
         if progress is not None:
             progress(number + 1, len(prompts))
-
-
-def _plain(target: PreTrainedModel, prompt: torch.Tensor, tokens: int, sampling: SamplingParams, seed: int) -> int:
-    """transformers' own `generate`, as many tokens whatever they are; returns their number."""
-    sampled = sampling.temperature > 0
-    filters = numbers(sampling) | {"min_p": sampling.min_p or None} if sampled else {}
-    pad = target.generation_config.pad_token_id
-    config = GenerationConfig(
-        do_sample=sampled, max_new_tokens=tokens, pad_token_id=0 if pad is None else pad, **filters
-    )
-    own = target.generation_config
-    target.generation_config = config
-    try:
-        torch.manual_seed(seed)
-        sequences = target.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
-    finally:
-        target.generation_config = own
-    return int(sequences.shape[1] - prompt.shape[1])
