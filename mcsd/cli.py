@@ -45,6 +45,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"mcsd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to stdout, and nothing else.")]
 
 
@@ -139,6 +157,8 @@ def generate(
         raise ValueError("prompt: expected either PROMPT or --batch-file")
     if batch_file is None and output is not None:
         raise ValueError("output: only --batch-file writes to a file; redirect stdout instead")
+    if prompt is not None:
+        _check_prompt(prompt, settings)
     from .batch import Share, check_output, read_prompts
 
     prompts = read_prompts(batch_file) if batch_file else []
@@ -160,6 +180,12 @@ def generate(
         _leave(run)
     else:
         _interactive(pair, prompt or "", compare)
+
+
+def _check_prompt(prompt: str, settings: Settings) -> None:
+    """Refuse before any model is loaded what has nothing to answer; text taken as it is depends on the tokenizer."""
+    if settings.chat is not False and not prompt.strip():
+        raise ValueError(f"prompt: expected some text, got {prompt!r}; --raw takes it as it is")
 
 
 def _interactive(pair: Pair, prompt: str, compare: bool) -> None:
@@ -209,7 +235,7 @@ def _batch(pair: Pair, prompts: list[Prompt], output: Path | None, compare: bool
 
     console = stderr()
     tokens = calls = 0
-    seconds = 0.0
+    seconds = plain_seconds = 0.0
     # the number of the GPU is not what a result depends on
     described = pair.describe() | {"device": pair.device.type, "seed": pair.settings.seed}
     with Results(output, prompts, described, share) as results:
@@ -223,7 +249,7 @@ def _batch(pair: Pair, prompts: list[Prompt], output: Path | None, compare: bool
         for number, prompt in enumerate(todo, 1):
             if reason := _refusal(pair, prompt):
                 results.write(prompt, {"prompt": prompt.text, "error": reason})
-                _tell(f"{prompt.id!r}: {reason}")
+                _tell(f"id {prompt.id!r}: {reason}")
                 continue
             with waiting(f"prompt {number} of {len(todo)}", quiet):
                 run = pair.run(prompt.text, seed=pair.settings.seed + prompt.index)
@@ -231,25 +257,29 @@ def _batch(pair: Pair, prompts: list[Prompt], output: Path | None, compare: bool
                     pair.compare(run)
             if run.stats.interrupted:
                 if not quiet:
-                    _tell(f"interrupted at {prompt.id!r}; what came before it is written")
+                    _tell(f"interrupted at id {prompt.id!r}; what came before it is written")
                 _leave(run)
             results.write(prompt, run.as_dict())
             for line in complaints(run):
-                _tell(f"{prompt.id!r}: {line}")
+                _tell(f"id {prompt.id!r}: {line}")
             tokens, calls, seconds = tokens + run.stats.tokens, calls + run.stats.target_calls, seconds + run.seconds
+            plain_seconds += run.plain.seconds if run.plain else 0.0
         whole = results.finish()
     if not quiet and share.count > 1:
         said = f"{output} is complete" if whole else "the other processes have prompts left"
         console.print(said, style="dim", markup=False)
     if not quiet and todo:
+        # plain decoding was of as many tokens
+        beside = f" · {plain_seconds / max(seconds, 1e-9):.2f} × plain decoding" if plain_seconds else ""
         console.print(
-            f"{len(todo)} prompts · {tokens} tokens · {tokens / max(calls, 1):.2f} tokens per target call · "
-            f"{tokens / max(seconds, 1e-9):.1f} tokens/s",
+            f"{len(todo)} prompt{'s' * (len(todo) != 1)} · {tokens} tokens · "
+            f"{tokens / max(calls, 1):.2f} tokens per target call · {tokens / max(seconds, 1e-9):.1f} tokens/s{beside}",
             style="dim",
+            soft_wrap=True,
         )
     # not before all is done: torchrun ends the others when one process fails
     if whole and (failed := [prompt.id for prompt in prompts if prompt.id in results.failed]):
-        _tell(f"{len(failed)} of {len(prompts)} prompts failed, {failed[0]!r} the first; their rows say why")
+        _tell(f"{len(failed)} of {len(prompts)} prompts failed, id {failed[0]!r} the first; their rows say why")
         raise typer.Exit(FAILED)
 
 
@@ -292,6 +322,7 @@ def inspect(
     The trees show every candidate, what both models think of it, and what became of it. The table compares the overlap
     of the two laws, what was accepted, and the most that any lossless rule could accept of as many candidates.
     """
+    _check_prompt(prompt, settings)
     pair = _load(settings, quiet=as_json)
     from .diagnostics import Recorder
     from .inspection import inspect_steps
@@ -448,7 +479,10 @@ def doctor(
     device: Annotated[str, typer.Option(help="Where it would run.")] = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Say what will run on this machine and why; exit code 0 if it can, 1 if not."""
+    """Say what will run on this machine and why.
+
+    Exit code 0 if it can, 1 if not, 2 where the options name a model, a dtype or a device that is not to be had.
+    """
     with _errors():
         from .doctor import examine
         from .screen import doctor_table, stdout

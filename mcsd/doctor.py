@@ -12,10 +12,10 @@ import torch
 
 from mcsd_kernels._backend import choose
 
+from .bundled import DEFAULT_TARGET
 from .checking import check
 from .models import (
     CACHE_FORMAT,
-    DEFAULT_TARGET,
     GGUF_PACKAGE,
     GGUF_SHA256,
     GGUF_VERSION,
@@ -95,9 +95,8 @@ def devices() -> list[str]:
 def _backend(device: torch.device) -> str:
     """The backend of `verify` and the reason for it."""
     name = choose(None, device)
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if name == "triton":
-        reason = "Triton's interpreter is on" if interpreted and device.type == "cpu" else f"{device} is a GPU"
+        reason = f"{device} is a GPU"
     elif device.type != "cuda":
         reason = f"the kernels are for GPUs, {device} is none"
     elif version("triton") is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,21 +14,21 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from mcsd_kernels import SamplingParams
 
 from .adaptive import AdaptiveDrafter
-from .decode import _drafter, generate
-from .draft_model import BUNDLED_DRAFTS, DEFAULT_DRAFT, WEIGHTS_FILE, load_draft
+from .bundled import BUNDLED_DRAFTS, DEFAULT_TARGET
+from .decode import drafter_for, generate
+from .draft_model import WEIGHTS_FILE, load_draft
 from .drafters import Drafter, LevelDrafter, NgramDrafter
-from .models import DEFAULT_TARGET, load_target
-from .settings import DEFAULT_BRANCHING, OTHER_BRANCHING, Settings
+from .models import load_target
+from .plain import plain_decoding
+from .settings import DEFAULT_BRANCHING, NGRAM, OTHER_BRANCHING, Settings
 from .stats import Stats
 from .trees import StaticTree
-
-NGRAM = "ngram"
 
 
 class Watcher(Protocol):
@@ -132,7 +133,7 @@ class Pair:
         SamplingParams(**self.sampling())  # refuses what is out of range before anything is loaded
         with quiet_transformers(), loading("target", settings.target):
             self.target, self.tokenizer = load_target(settings.target, dtype=settings.dtype, device=self.device)
-        self.draft_name = settings.draft or (DEFAULT_DRAFT if settings.target == DEFAULT_TARGET else NGRAM)
+        self.draft_name = settings.chosen_draft
         draft: PreTrainedModel | Drafter | str = NGRAM
         if self.draft_name != NGRAM:
             with quiet_transformers(), loading("draft", self.draft_name):
@@ -150,7 +151,7 @@ class Pair:
             own = "point" if settings.temperature == 0 else None
             self.drafter = AdaptiveDrafter(draft, settings.tuned, proposal=own)
         else:
-            self.drafter = _drafter(self.target, draft, branching, proposal, "auto", settings.temperature, parents)
+            self.drafter = drafter_for(self.target, draft, branching, proposal, "auto", settings.temperature, parents)
         has_template = bool(getattr(self.tokenizer, "chat_template", None))
         if settings.chat and not has_template:
             raise ValueError(f"chat: {settings.target} has no chat template; use --raw")
@@ -176,12 +177,15 @@ class Pair:
     def describe(self) -> dict[str, Any]:
         """What a result depends on besides the prompt and the seed, for JSON."""
         settings = self.settings
+        branching = getattr(self.drafter, "branching", None)
+        if isinstance(self.drafter, NgramDrafter):
+            branching = (self.drafter.continuations,)
         return {
             "target": settings.target,
             "draft": self.draft_name,
             "dtype": self.dtype,
             "device": str(self.device),
-            "branching": list(getattr(self.drafter, "branching", None) or ()) or None,
+            "branching": list(branching or ()) or None,
             "parents": list(settings.tuned.parents) if settings.tuned else None,
             "adaptive": isinstance(self.drafter, AdaptiveDrafter),
             "proposal": self.drafter.proposal,
@@ -207,9 +211,9 @@ class Pair:
                 raise ValueError(f"prompt: expected some text, got {prompt!r}")
             messages = [{"role": "user", "content": prompt}]
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         else:
-            ids = self.tokenizer(prompt)["input_ids"]
+            ids = self.tokenizer(prompt, verbose=False)["input_ids"]
         if not ids:
             raise ValueError(f"prompt: expected at least one token, got {prompt!r}")
         return torch.tensor([ids], device=self.device)
@@ -224,9 +228,7 @@ class Pair:
         settings = self.settings
         return {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p", "min_p")}
 
-    def run(
-        self, prompt: str, *, seed: int | None = None, watcher: Watcher | None = None, compare: bool = False
-    ) -> Run:
+    def run(self, prompt: str, *, seed: int | None = None, watcher: Watcher | None = None) -> Run:
         """Continue a prompt; interrupted from the keyboard, the result holds what there is.
 
         Args:
@@ -271,16 +273,9 @@ class Pair:
 
     def plain(self, ids: torch.Tensor, count: int, seed: int = 0) -> Plain:
         """Decode exactly `count` tokens with transformers' own `generate`, under the same sampling settings."""
-        sampled = self.settings.temperature > 0
-        filters = self.sampling() | {"min_p": self.settings.min_p or None} if sampled else {}
-        config = GenerationConfig(
-            do_sample=sampled, max_new_tokens=count, pad_token_id=self.target.generation_config.pad_token_id, **filters
-        )
-        if sampled:
-            torch.manual_seed(seed % 2**64)
-        with quiet_transformers(), _generation_config(self.target, config):
+        with quiet_transformers():
             start = time.perf_counter()
-            sequences = self.target.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            sequences = plain_decoding(self.target, ids, count, self.sampling(), seed)
             tokens = sequences[0, ids.shape[1] :].tolist()
             seconds = time.perf_counter() - start
         return Plain(tokens, self.decode(tokens), seconds)
@@ -342,20 +337,15 @@ def loading(role: str, name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        here = os.path.isdir(name) or name in (DEFAULT_TARGET, *BUNDLED_DRAFTS)
-        where = "" if here else "no such folder, and not to be had from the model hub: "
+        known = (DEFAULT_TARGET,) if role == "target" else (*BUNDLED_DRAFTS, NGRAM)
+        where = f"no such folder, no name known here ({', '.join(known)}), and not to be had from the model hub: "
+        if name in known or os.path.isdir(name):
+            where = ""
         raise ValueError(f"{role}: cannot load {name}: {where}{_first_line(error)}") from error
-
-
-@contextmanager
-def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """The model's own configuration out of the way: its end-of-sequence token and penalties fill what is left open."""
-    own = model.generation_config
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = own
+    except ValueError as error:
+        if re.match(r"[a-z_]+: ", str(error)):  # one of ours, which names its argument
+            raise
+        raise ValueError(f"{role}: cannot load {name}: {_first_line(error)}") from error
 
 
 def _check_tokenizers(tokenizer: PreTrainedTokenizerBase, draft: str) -> None:

@@ -219,7 +219,7 @@ def header(pair: Pair, threads: int, tree: bool) -> list[str]:
         (f"tree {pair.tree} · proposal {pair.drafter.proposal} · rule {pair.settings.chosen_rule} · " if tree else "")
         + f"temperature {pair.settings.temperature:g}",
     ]
-    if pair.dtype != "float32":
+    if pair.dtype != "float32" and pair.settings.temperature == 0:
         lines.append(f"{pair.dtype} does not promise the tokens of plain greedy decoding; --dtype float32 does")
     return lines
 
@@ -336,8 +336,9 @@ def diagnostics_line(summary: dict[str, Any]) -> str:
     calls = f"{summary['steps']} target call{'s' * (summary['steps'] != 1)}"
     return (
         f"{calls}, {summary['tokens_per_call']:.2f} tokens per call, MCSD's acceptance rate "
-        f"{summary['mcsd_acceptance_rate']:.2f}; expected: of the recursive rule, given the candidates; α*: what no "
-        "lossless rule exceeds, drawing with replacement and without"
+        f"{summary['mcsd_acceptance_rate']:.2f} (accepted candidates over target calls times the tree's depth); "
+        "expected: of the recursive rule, given the candidates; α*: what no lossless rule exceeds, drawing with "
+        "replacement and without"
     )
 
 

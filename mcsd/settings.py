@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .bundled import BUNDLED_DRAFTS, DEFAULT_DRAFT, DEFAULT_TARGET
+
 if TYPE_CHECKING:
     from .profile import Profile
 
@@ -17,9 +19,7 @@ if TYPE_CHECKING:
 DEFAULT_BRANCHING = (2,)
 OTHER_BRANCHING = (4, 2, 2)
 
-DEFAULT_TARGET = "smollm2-135m-instruct"
-BUNDLED_DRAFTS = ("smollm2-feature", "smollm2-draft")
-DEFAULT_DRAFT = BUNDLED_DRAFTS[0]
+NGRAM = "ngram"
 
 
 class Proposal(str, Enum):
@@ -43,7 +43,8 @@ class Settings:
     """The options that every generating command has; the annotations are their help.
 
     Raises:
-        ValueError: `branching` is not a list of whole numbers, or there is no such profile.
+        ValueError: `branching` is not a list of whole numbers or does not fit the draft, the bundled target and drafts
+            have changed places, or there is no such profile.
     """
 
     target: Annotated[str, typer.Option(help="A folder, a name on the model hub, or the bundled model.")] = (
@@ -59,7 +60,7 @@ class Settings:
     branching: Annotated[
         str | None,
         typer.Option(
-            help="Children of a tree node at depth 0, 1, ..., such as 4,2,2.",
+            help="Children of a tree node at depth 0, 1, ..., such as 4,2,2; for ngram one number, of continuations.",
             show_default=f"{','.join(map(str, DEFAULT_BRANCHING))} for the bundled draft on a CPU, "
             f"else {','.join(map(str, OTHER_BRANCHING))}",
         ),
@@ -89,7 +90,7 @@ class Settings:
     top_p: Annotated[float, typer.Option(help="Keep the most probable tokens up to this mass; 1 keeps all.")] = 1.0
     min_p: Annotated[float, typer.Option(help="Keep tokens of at least this share of the largest probability.")] = 0.0
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest continuation.")] = 128
-    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0
+    seed: Annotated[int, typer.Option(help="Same seed and settings, same text.")] = 0
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, ...; auto: bfloat16 where the device is faster in it.")
     ] = "auto"
@@ -108,7 +109,17 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value.startswith("~"):  # a shell leaves it in --target=~/model
                 object.__setattr__(self, name, os.path.expanduser(value))
-        _ = self.factors
+        if self.target in BUNDLED_DRAFTS and not os.path.isdir(self.target):
+            raise ValueError(f"target: {self.target} is a bundled draft; the bundled target is {DEFAULT_TARGET}")
+        if self.draft == DEFAULT_TARGET and not os.path.isdir(self.draft):
+            raise ValueError(
+                f"draft: {self.draft} is the bundled target; the bundled drafts are {' and '.join(BUNDLED_DRAFTS)}"
+            )
+        if self.factors and len(self.factors) > 1 and self.chosen_draft == NGRAM:
+            raise ValueError(
+                f"branching: expected one number beside the draft {NGRAM}, how many continuations it looks up, "
+                f"got {self.branching!r}"
+            )
         if self.adaptive and self.profile is None:
             raise ValueError("adaptive: expected a --profile beside it, which says what to expect of each tree")
         if self.profile is not None and self.branching is not None:
@@ -118,6 +129,11 @@ class Settings:
             object.__setattr__(self, "rule", Rule(tuned.rule) if tuned else Rule.RECURSIVE)
         if self.proposal is None and tuned is not None:
             object.__setattr__(self, "proposal", Proposal(tuned.proposal_at(self.temperature)))
+
+    @property
+    def chosen_draft(self) -> str:
+        """The draft's name, given or not."""
+        return self.draft or (DEFAULT_DRAFT if self.target == DEFAULT_TARGET else NGRAM)
 
     @property
     def chosen_rule(self) -> str:

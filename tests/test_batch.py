@@ -253,7 +253,7 @@ def test_a_prompt_that_cannot_be_done_stops_no_other(target: Path, tmp_path: Pat
     assert "expected at least one token" in rows[2]["error"]
     assert [row["prompt"] for row in rows] == texts
     assert "text" not in rows[3] and len(rows[1]["tokens"]) == 4
-    for line in (f"1: {rows[0]['error']}", "3 of 5 prompts failed, 1 the first; their rows say why"):
+    for line in (f"id 1: {rows[0]['error']}", "3 of 5 prompts failed, id 1 the first; their rows say why"):
         assert line in result.stderr
     kept = output.read_bytes()
     again = generate(target, prompts, output)

@@ -21,7 +21,7 @@ import pytest
 import torch
 from rich.console import Console
 from tiny_folders import save_model, save_tokenizer
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, tokenization_utils_base
 from typer.testing import CliRunner, Result
 
 import mcsd
@@ -108,6 +108,7 @@ def test_options_name_what_the_library_has() -> None:
 
 def test_the_version_is_that_of_the_changelog() -> None:
     assert f"## [{mcsd.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert call("--version").stdout == f"mcsd {mcsd.__version__}\n"
 
 
 def test_defaults_are_the_library_s() -> None:
@@ -131,11 +132,26 @@ def test_defaults_are_the_library_s() -> None:
         pytest.param(["--device", "abacus"], "device: expected", id="device"),
         pytest.param(["--target", "./nowhere"], "target: expected a model's folder", id="no-such-folder"),
         pytest.param(["--draft", "no-such-model"], "draft: cannot load no-such-model", id="no-such-name"),
+        pytest.param(
+            ["--draft", "smollm2-featur"], "no name known here (smollm2-feature, smollm2-draft, ng", id="typo"
+        ),
+        pytest.param(["--target", "smollm2"], "no name known here (smollm2-135m-instruct)", id="typo-of-the-target"),
+        pytest.param(["--target", str(ROOT / "docs")], "target: cannot load /", id="folder-without-a-target"),
+        pytest.param(["--draft", str(ROOT / "docs")], "draft: cannot load /", id="folder-without-a-draft"),
+        pytest.param(
+            ["--draft", "smollm2-135m-instruct"],
+            "draft: smollm2-135m-instruct is the bundled target",
+            id="draft-is-target",
+        ),
+        pytest.param(["--target", "smollm2-draft"], "target: smollm2-draft is a bundled draft", id="target-is-draft"),
         pytest.param(["--draft", "smollm2-draft"], "target: expected an input embedding", id="draft-of-another"),
         pytest.param(["--max-new-tokens", "1000"], "max_new_tokens: expected", id="past-the-last-position"),
         pytest.param(["--output", "x.jsonl"], "output: only --batch-file", id="output-without-batch"),
         pytest.param(
             ["--proposal", "greedy", "--draft", "ngram"], "proposal: expected this drafter's own", id="ngram-is-point"
+        ),
+        pytest.param(
+            ["--draft", "ngram", "--branching", "4,2"], "branching: expected one number", id="ngram-has-no-levels"
         ),
     ],
 )
@@ -151,6 +167,9 @@ def test_empty_prompt_is_refused(pair_options: list[str]) -> None:
     assert "at least one token" in failure(call("generate", "--json", *pair_options, "--raw", ""))
     for nothing in ("", " \n"):
         assert "prompt: expected some text" in failure(call("generate", "--json", *pair_options, "--chat", nothing))
+        for command in ("generate", "inspect"):
+            line = failure(call(command, "--target", "./nowhere", nothing))
+            assert "prompt: expected some text" in line, "before a model is loaded"
 
 
 def test_what_is_out_of_range_is_refused_before_a_model_is_loaded() -> None:
@@ -162,6 +181,18 @@ def test_chat_needs_a_template(folders: dict[str, Path]) -> None:
     options = ["--target", str(folders["bare"]), "--draft", "ngram", "--dtype", "float32", "--max-new-tokens", "3"]
     assert "no chat template" in failure(call("generate", *options, "--chat", "Hello"))
     assert json.loads(call("generate", "--json", *options, "Hello").stdout)["settings"]["chat"] is False
+
+
+def test_a_long_prompt_brings_no_advice_from_transformers(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[Any] = []
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", lambda *words: said.append(words))
+    for chat in (False, True):
+        pair = Pair(Settings(target=str(folders["target"]), draft="ngram", dtype="float32", chat=chat))
+        pair.tokenizer.model_max_length = 4
+        assert pair.encode("a longer text").shape[1] > 4
+    assert said == []
 
 
 def test_a_draft_with_another_tokenizer_is_refused(folders: dict[str, Path], pair_options: list[str]) -> None:
@@ -220,9 +251,11 @@ def test_text_on_stdout_and_numbers_on_stderr(pair_options: list[str]) -> None:
 
 
 def test_bf16_comes_with_a_warning(pair_options: list[str]) -> None:
+    """Where there is a promise to qualify: greedy decoding."""
     options = [*pair_options, "--max-new-tokens", "3", "Hello"]
-    assert "does not promise" not in call("generate", *options).stderr
-    assert "does not promise" in call("generate", *options, "--dtype", "bfloat16").stderr
+    assert "does not promise" not in call("generate", *options, "--temperature", "0").stderr
+    assert "does not promise" in call("generate", *options, "--temperature", "0", "--dtype", "bfloat16").stderr
+    assert "does not promise" not in call("generate", *options, "--dtype", "bfloat16").stderr
 
 
 @pytest.mark.parametrize("temperature", ["0", "1"])
@@ -258,6 +291,10 @@ def test_ngram_is_the_draft_of_a_target_without_one(folders: dict[str, Path]) ->
     options = ["--target", str(folders["target"]), "--dtype", "float32", "--max-new-tokens", "5"]
     row = json.loads(call("generate", "--json", *options, "to be or not to be").stdout)
     assert row["settings"]["draft"] == "ngram" and row["settings"]["proposal"] == "point"
+    assert row["settings"]["branching"] == [settings.OTHER_BRANCHING[0]]
+    row = json.loads(call("generate", "--json", *options, "--branching", "2", "to be or not to be").stdout)
+    assert row["settings"]["branching"] == [2], "how many continuations"
+    assert "branching: expected one number" in failure(call("generate", *options, "--branching", "2,2", "to be"))
 
 
 def test_ctrl_c_keeps_what_there_is(pair_options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,7 +403,21 @@ def test_a_batch_file_gives_a_line_for_each_prompt(pair_options: list[str], prom
     rows = rows_of(result.stdout)
     assert [row["id"] for row in rows] == ["one", 2, 7]
     assert [row["seed"] for row in rows] == [0, 1, 2]
-    assert "3 prompts" in result.stderr
+    assert "3 prompts · 18 tokens" in result.stderr and "plain decoding" not in result.stderr
+
+
+def test_a_batch_can_be_compared(pair_options: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    options = [*pair_options, "--max-new-tokens", "6", "--compare", "--batch-file", str(path)]
+    for text, said in (("Hello\nand again", "2 prompts · "), ("Hello", "1 prompt · ")):
+        path.write_text(text)
+        result = call("generate", *options)
+        assert result.exit_code == 0, result.output
+        *_, line = result.stderr.splitlines()
+        rows = [json.loads(row) for row in result.stdout.splitlines()]
+        speedup = sum(row["plain"]["seconds"] for row in rows) / sum(row["seconds"] for row in rows)
+        assert line.startswith(said) and line.endswith(" × plain decoding")
+        assert float(line.split()[-4]) == pytest.approx(speedup, abs=0.01)
 
 
 def test_a_text_file_has_a_prompt_in_each_line(pair_options: list[str], tmp_path: Path) -> None:
@@ -410,7 +461,7 @@ def test_an_interrupted_batch_loses_nothing(
 
         patch.setattr(ModelDrafter, "begin", interrupted)
         result = call("generate", *options, "--output", str(output))
-    assert result.exit_code == 130 and "interrupted at 7" in result.stderr
+    assert result.exit_code == 130 and "interrupted at id 7" in result.stderr
     assert rows_of(output.read_text()) == whole[:2]
     result = call("generate", *options, "--output", str(output))
     assert result.exit_code == 0 and "2 of 3 prompts are in" in result.stderr
@@ -612,6 +663,7 @@ def test_inspect_records_diagnostics(pair_options: list[str], tmp_path: Path) ->
     result = call("inspect", *pair_options, "--steps", "5", "--no-trees", "--record", str(path), "Hello")
     assert result.exit_code == 0, result.output
     assert "α* without" in result.stdout and "MCSD's acceptance rate" in result.stdout
+    assert "over target calls times the tree's depth" in " ".join(result.stdout.split())
     assert len(path.read_text().splitlines()) == 5
 
 

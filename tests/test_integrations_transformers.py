@@ -31,6 +31,7 @@ from transformers import (
 from transformers.generation import utils
 from transformers.generation.logits_process import LogitNormalization, TypicalLogitsWarper
 
+from mcsd.drafters import NgramDrafter
 from mcsd.integrations import transformers as adapter
 from mcsd.integrations.transformers import TreeDecoding, lossless_assisted_decoding, speculative_sampling
 from mcsd_kernels import SamplingParams
@@ -448,6 +449,16 @@ def test_the_replacement_is_taken_back_after_an_error_and_refuses_mixtures() -> 
     with pytest.raises(ValueError, match="rule"), lossless_assisted_decoding("greedy"):
         pass
     assert utils._speculative_sampling is original
+
+
+def test_assisted_decoding_takes_models_only(small: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    model, _ = small
+    text = torch.tensor([[3, 5, 1]])
+    refused = pytest.raises(ValueError, match="assistant_model: expected a model, got a NgramDrafter")
+    with refused, lossless_assisted_decoding():
+        model.generate(text, assistant_model=NgramDrafter(), pad_token_id=0, max_new_tokens=2)
+    with pytest.raises(AttributeError, match="configure"), lossless_assisted_decoding():
+        NgramDrafter().configure  # noqa: B018  another mistake stays what it is
 
 
 def test_speculative_sampling_takes_filters_too(p_value: PValue) -> None:

@@ -21,6 +21,7 @@ from mcsd_kernels import _checks as check
 from mcsd_kernels.verify import RULES
 
 from ..decode import generate
+from ..drafters import Drafter
 from ..stats import Stats
 from ._trees import chain, rows_of
 
@@ -273,7 +274,8 @@ def lossless_assisted_decoding(rule: str = "recursive", backend: str | None = No
         backend: as in `verify`.
 
     Raises:
-        ValueError: an unknown rule, or a transformers without the function to replace.
+        ValueError: an unknown rule, an assistant that is a drafter and no model, or a transformers without the function
+            to replace.
     """
     check.choice("rule", rule, RULES)
     original = getattr(utils, "_speculative_sampling", None)
@@ -298,6 +300,12 @@ def lossless_assisted_decoding(rule: str = "recursive", backend: str | None = No
     utils._speculative_sampling = replacement
     try:
         yield
+    except AttributeError as error:  # transformers asks for its configuration before it looks at the kind
+        if not isinstance(error.obj, Drafter) or error.name != "config":
+            raise
+        raise ValueError(
+            f"assistant_model: expected a model, got a {type(error.obj).__name__}; TreeDecoding(draft=...) takes it"
+        ) from error
     finally:
         utils._speculative_sampling = original
 
