@@ -15,7 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from mcsd_kernels import SamplingParams, Verified, draw_candidates, draw_uniforms, reference, row_cutoffs, verify
+from mcsd_kernels import (
+    SamplingParams,
+    Verified,
+    ancestor_bits,
+    draw_candidates,
+    draw_uniforms,
+    keep_path,
+    reference,
+    row_cutoffs,
+    tree_attention,
+    tree_attention_mask,
+    verify,
+)
+from mcsd_kernels.tree import node_depths
 
 from . import agreement, inputs
 from .device import host_microseconds, launches, profiled
@@ -44,6 +57,7 @@ def units(sizes: Sizes) -> list[Unit]:
             for rule, proposal in sizes.every
         ]
         found.append(Unit("checks", f"rows vocab={vocab}", partial(row_operations, vocab)))
+    found.append(Unit("checks", "trees", tree_operations))
     for rule, proposal in ends if sizes.smoke else sizes.every:
         found += [
             Unit(
@@ -174,6 +188,42 @@ def row_operations(vocab: int, context: Context) -> Iterator[Row]:
         if not torch.equal(one, other):
             faults.append(f"draw_uniforms, step {step}: other bits than torch's")
     yield verdict("rows", faults, case={"vocab": vocab, "dtype": "bfloat16"})
+
+
+def tree_operations(context: Context) -> Iterator[Row]:
+    """What is done with trees besides verifying them, against the oracle; attention to bfloat16's precision."""
+    device, faults = context.device.device, []
+    random = torch.Generator().manual_seed(0)
+    nodes, slots = (9, 64) if context.sizes.smoke else (300, 4096)
+    parents = torch.tensor([[-1, *(int(torch.randint(i, (), generator=random)) for i in range(1, nodes))]] * 2)
+    prefix = torch.tensor([slots - nodes, 7])
+    query = torch.randn(2, 8, nodes, 64, generator=random).bfloat16()
+    key, value = (torch.randn(2, 2, slots, 64, generator=random).bfloat16() for _ in range(2))
+    ancestors = reference.ancestor_bits(parents)
+    path = torch.arange(nodes).mul(2).clamp(max=nodes - 1).unique().repeat(2, 1)
+    length = torch.tensor([path.shape[1], 3])
+
+    found = ancestor_bits(parents.to(device), backend="triton").cpu()
+    depths = node_depths(ancestors.to(device), backend="triton").cpu()
+    mask = tree_attention_mask(parents.to(device), prefix.to(device), slots, backend="triton").cpu()
+    same = {
+        "ancestor_bits": (found, ancestors),
+        "node_depths": (depths, node_depths(ancestors, backend="torch")),
+        "tree_attention_mask": (mask, reference.tree_attention_mask(parents, prefix, slots)),
+    }
+    moved = key.to(device, copy=True), value.to(device, copy=True)
+    keep_path(*moved, prefix.to(device), path.to(device), length.to(device), backend="triton")
+    kept = reference.keep_path(key, value, prefix, path, length)
+    same |= {f"keep_path, cache {i}": (moved[i].cpu(), kept[i]) for i in range(2)}
+    faults += [f"{name}: other than the oracle's" for name, (one, other) in same.items() if not torch.equal(one, other)]
+    for window in (None, 16):
+        inputs_there = (x.to(device) for x in (query, key, value, ancestors, prefix))
+        attended = tree_attention(*inputs_there, window=window, backend="triton").cpu().double()
+        wanted = reference.tree_attention(query, key, value, ancestors, prefix, window=window)
+        error = float((attended - wanted).abs().max() / wanted.abs().max())
+        if not error < 2**-6:
+            faults.append(f"tree_attention, window {window}: off by {error:.1e} of the largest entry")
+    yield verdict("trees", faults, case={"nodes": nodes, "slots": slots, "dtype": "bfloat16"})
 
 
 # ---- what must not matter
