@@ -32,7 +32,7 @@ _MOST_COMBINED = 1 << 14
 
 @dataclass(frozen=True)
 class AttentionLaunch:
-    """AttentionLaunch choices of `tree_attention`.
+    """Launch choices of `tree_attention`.
 
     Args:
         block_rows: rows (node, query head) of a program, 16 or more.

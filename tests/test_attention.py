@@ -297,6 +297,16 @@ def test_autocast_does_not_matter(device: torch.device) -> None:
         assert found.dtype == torch.float32 and torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_prefix_outside_the_slots_ends_with_them(window: int | None, device: torch.device) -> None:
+    query, key, value, ancestors, _ = (x.to(device) for x in make(random_parents(6, 0), [4, 4], slots=12))
+    found, wanted = (
+        tree_attention(query, key, value, ancestors, torch.tensor(prefix, device=device), window=window)
+        for prefix in ([-5, 99], [0, 12])
+    )
+    assert torch.equal(found, wanted) and torch.isfinite(found).all()
+
+
 def test_an_empty_batch(device: torch.device) -> None:
     arguments = [x[:0].to(device) for x in make(random_parents(5, 0, batch=2), [3, 3])]
     assert tree_attention(*arguments).shape == (0, 4, 5, 16)

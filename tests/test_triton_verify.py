@@ -245,7 +245,7 @@ def test_bytes_of_a_small_call() -> None:
     """Two requests of three nodes, width 3, five bf16 logits a row, int64 tokens and parents."""
     small, answer = 3 * 16 + 5 * 4, 3 * 12 + 8
     assert kernels.prepare_bytes(2, 3, 3) == 2 * (small + 9 * 3 * 4 + answer)
-    assert kernels.columns_bytes(5, 3) == 3 * 8 + 6 * 4 + 2 * 3 * 4
+    assert kernels.columns_bytes(5, 3) == 3 * 8 + 7 * 4 + 2 * 3 * 4
     assert kernels.statistics_bytes(4, 5, 2) == 4 * (10 + 8)
     assert kernels.records_bytes(4, 5) == 4 * (8 + 64)
     assert kernels.sweep_bytes(2, 5, 2) == 2 * (20 + 8)
