@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from test_feature_drafter import feature_model
 from tiny_folders import save_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.distributed import DistributedConfig
 
 import mcsd
@@ -103,3 +103,18 @@ def alone(target: str, draft: str, head: str, monkeypatch: pytest.MonkeyPatch) -
     }
     monkeypatch.setattr(sys, "argv", [EXAMPLE, target, draft])
     return {**found, "example": runpy.run_path(EXAMPLE, run_name="__main__")["text"].tolist()}
+
+
+def test_the_example_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LlamaConfig(hidden_size=12, num_attention_heads=3, num_key_value_heads=3, num_hidden_layers=1)
+    config.save_pretrained(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for arguments, found, wanted in (
+        ([], True, "usage: torchrun"),
+        ([str(tmp_path), "draft"], False, "accelerate: .*pip install accelerate"),
+        ([str(tmp_path), "draft"], True, "TARGET: expected .* a multiple of the 2 processes, it has 3"),
+    ):
+        monkeypatch.setattr(sys, "argv", [EXAMPLE, *arguments])
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, found=found: found or None)
+        with pytest.raises(SystemExit, match=wanted):
+            runpy.run_path(EXAMPLE, run_name="__main__")
