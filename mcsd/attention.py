@@ -150,7 +150,7 @@ def takes_tree_attention(model: PreTrainedModel) -> bool:
 def tree_attention_in(model: PreTrainedModel) -> Iterator[None]:
     """The model uses tree attention inside this context, and what it used before after it."""
     parts = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    before = [(config, config._attn_implementation) for config in _with_parts(model.config, *parts)]
+    before = [(config, config._attn_implementation) for config in _with_parts(*parts)]
     model.set_attn_implementation(NAME)
     try:
         yield

@@ -103,8 +103,8 @@ def choose_attention_launch(
     launch = next((one for one in launches if rows <= one.block_rows), launches[-1])
     programs = -(-rows // launch.block_rows) * heads
     # one wave: a program that starts when others have ended lengthens the call by its whole time
-    splits = min(multiprocessors * launch.resident // max(programs, 1), slots // _KEYS_PER_SPLIT)
-    splits = min(splits, _MOST_COMBINED // triton.next_power_of_2(head_dim))
+    wave = multiprocessors * launch.resident // max(programs, 1)
+    splits = min(wave, slots // _KEYS_PER_SPLIT, _MOST_COMBINED // triton.next_power_of_2(head_dim))
     return AttentionLaunch(
         launch.block_rows,
         max(launch.block_keys // 2, 16) if masked or amd else launch.block_keys,

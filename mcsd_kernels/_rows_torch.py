@@ -252,7 +252,9 @@ def law(logits: torch.Tensor, sampling: Sampling, buffer: torch.Tensor, slots: l
         out = torch.empty(rows, vocab, dtype=torch.float32, device=device)
     if sampling.plain is not None:
         torch.softmax(_scaled(logits, sampling.plain, out), -1, out=out)
-        status = _mended(out, logits, sampling.plain)
+        for row in _nan_rows(out):  # scaled, it may have left float32's range
+            _stable_law(logits[row], sampling.plain, out[row])
+        status = _broken(out, logits)
     else:
         status = _general_law(logits, sampling, out)
     if slots is not None and rows > 1:
@@ -432,26 +434,17 @@ def span(ids: torch.Tensor) -> tuple[int, int, bool]:
     return found
 
 
-def _mended(laws: torch.Tensor, logits: torch.Tensor, scale: float) -> list[Status] | None:
-    """Once more, with care, the rows that softmax(logits * scale) has turned into NaN; as `_broken` for the others."""
-    index = np.flatnonzero(np.isnan(host(laws[:, 0]))).tolist()
-    if not index:
-        return None
-    status = [Status(0)] * len(laws)
-    for row in index:
-        status[row] = _stable_law(logits[row], scale, laws[row]) or Status(0)
-        if status[row]:
-            laws[row] = 0.0
-    return status
+def _nan_rows(laws: torch.Tensor) -> Array:
+    """The numbers of the rows that softmax has turned into NaN."""
+    return np.flatnonzero(np.isnan(host(laws[:, 0])))
 
 
 def _broken(laws: torch.Tensor, logits: torch.Tensor) -> list[Status] | None:
     """Find the rows that softmax has turned into NaN, and clear them so that they can spoil no sum."""
-    first = host(laws[:, 0])
-    if not np.isnan(first).any():
+    index = _nan_rows(laws)
+    if not index.size:
         return None
-    index = np.flatnonzero(np.isnan(first))
-    status = np.zeros(len(first), np.int64)
+    status = np.zeros(len(laws), np.int64)
     status[index] = _diagnose(logits, index)
     laws[torch.from_numpy(index).to(laws.device)] = 0.0
     return [Status(bits) for bits in status.tolist()]

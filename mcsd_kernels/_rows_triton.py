@@ -625,27 +625,24 @@ def mass_outside(
         for i in range(count):
             some = tl.maximum(some, tl.load(tokens_ptr + i))
         if some >= 0:
-            mass, most = _mass_of_columns(row, tokens_ptr, count, 1.0, VOCAB, COLUMNS, TILE)
-            if mass < SMALL_MASS:
-                factor = _power_to_small(most)
-                mass, most = _mass_of_columns(row, tokens_ptr, count, factor, VOCAB, COLUMNS, TILE)
-                mass = mass / factor
+            mass = known_mass(row, tokens_ptr, count, VOCAB, COLUMNS, TILE)
     return tl.where(mass < _LOST_DRAFT_MASS, 0.0, mass)
 
 
 @triton.jit
 def known_mass(
-    row,  # tuple: of logits over columns of their own
+    row,  # tuple
+    tokens_ptr,  # [count] i32: tokens to leave out
+    count,  # int32
     VOCAB: tl.constexpr,
     COLUMNS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """f64: the mass of the columns that are some token's; 0 for less than `LOST_DRAFT_MASS`."""
-    kind = row[1]
-    mass, most = _mass_of_columns(row, kind[1], 0, 1.0, VOCAB, COLUMNS, TILE)
+    """f64: the mass of a row's columns that are some token's, as `mass_outside`; a small one of the lifted law."""
+    mass, most = _mass_of_columns(row, tokens_ptr, count, 1.0, VOCAB, COLUMNS, TILE)
     if mass < SMALL_MASS:
         factor = _power_to_small(most)
-        mass, most = _mass_of_columns(row, kind[1], 0, factor, VOCAB, COLUMNS, TILE)
+        mass, most = _mass_of_columns(row, tokens_ptr, count, factor, VOCAB, COLUMNS, TILE)
         mass = mass / factor
     return tl.where(mass < _LOST_DRAFT_MASS, 0.0, mass)
 

@@ -370,7 +370,7 @@ def _measure(
         if columns_ptr is not None:
             scale, cutoff, top, inverse, only = numbers
             if (bits == 0) & (tl.load(columns_ptr + VOCAB + 1 + 2 * COLUMNS) >= 0):
-                known = known_mass((pointers, kind, numbers), VOCAB, COLUMNS, TILE)
+                known = known_mass((pointers, kind, numbers), columns_ptr, 0, VOCAB, COLUMNS, TILE)
                 inverse = tl.where(known > 0.0, inverse / tl.where(known > 0.0, known, 1.0), 0.0).to(tl.float32)
             numbers = (scale, cutoff, top, inverse, only)
         for i in tl.static_range(5):
