@@ -9,7 +9,9 @@ successor on one long cycle. Every side must write exactly that text, or it is n
 drafter that costs next to nothing, knows the successor of a given share of the tokens: that is the acceptance.
 
 transformers' `generate` gets its attention mask, a padding token that is no token of the text, and models whose
-`forward` is their own; forwards are timed by hooks.
+`forward` is their own; forwards are timed by hooks, and replays of captured graphs by events around them. A side whose
+steps are captured whole has its forwards inside one graph, so its time outside the forwards is its wall time a step
+less what the same forwards take where only they are captured.
 """
 
 from __future__ import annotations
@@ -17,17 +19,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import harness
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import mcsd
-from mcsd import Drafter, ModelDrafter, Proposal, State
+from mcsd import Drafter, ModelDrafter, Proposal, State, graphs
+from mcsd.drafters.base import Captures
 from mcsd.trees import StaticTree, parents_of
 
 # hidden, intermediate, layers, heads, key-value heads, head width, vocabulary
@@ -103,10 +107,16 @@ def model_of(shape: str, follows: torch.Tensor, device: torch.device, dtype: tor
 
 
 class Controlled(Drafter):
-    """The tree of some branching factors; the first child of a node is what a table says, the others are wrong."""
+    """The tree of some branching factors; the first child of a node is what a table says, the others are wrong.
 
-    def __init__(self, table: torch.Tensor, branching: tuple[int, ...]) -> None:
-        self.table, self.branching = table, branching
+    Args:
+        table: `[vocab]` int64, the successor of each token.
+        branching: children of a node at depth 0, 1, ...
+        whole: let its steps be captured as one graph, not only the target's forwards.
+    """
+
+    def __init__(self, table: torch.Tensor, branching: tuple[int, ...], whole: bool = True) -> None:
+        self.table, self.branching, self.whole = table, branching, whole
 
     def propose(self, state: State) -> Proposal:
         tree = StaticTree.of(parents_of(self.branching), state.device)
@@ -125,13 +135,19 @@ class Controlled(Drafter):
             node_depth=tree.node_depth,
         )
 
+    def captures(self, state: State) -> Captures | None:
+        return Captures(len(parents_of(self.branching)), (id(self.table), self.branching)) if self.whole else None
+
 
 class ForwardClock:
-    """Time inside a model's forwards, by hooks and, on a GPU, by events on its stream."""
+    """Time inside a model's forwards, by hooks, and in replays; on a GPU, by events on its stream."""
+
+    replays: ClassVar[list[tuple[Any, Any]]] = []
 
     def __init__(self, *models: PreTrainedModel) -> None:
         self.gpu = models[0].device.type == "cuda"
         self.marks: list[tuple[Any, Any]] = []
+        ForwardClock.replays = []
         self._hooks = [model.register_forward_pre_hook(self._enter) for model in models]
         self._hooks += [model.register_forward_hook(self._leave) for model in models]
 
@@ -143,19 +159,42 @@ class ForwardClock:
         return event
 
     def _enter(self, *_: Any) -> None:
-        self._start = self._now()
+        self._start = None if self._is_captured() else self._now()
 
     def _leave(self, *_: Any) -> None:
-        self.marks.append((self._start, self._now()))
+        if self._start is not None:
+            self.marks.append((self._start, self._now()))
 
-    def close(self) -> float:
-        """Remove the hooks; returns seconds."""
+    def _is_captured(self) -> bool:
+        """Whether nothing runs now, and an event would become a part of the graph."""
+        return self.gpu and torch.cuda.is_current_stream_capturing()
+
+    def close(self) -> tuple[float, float]:
+        """Remove the hooks; returns the seconds in forwards and in replays."""
         for hook in self._hooks:
             hook.remove()
         if self.gpu:
             torch.cuda.synchronize()
-            return sum(a.elapsed_time(b) for a, b in self.marks) / 1e3
-        return sum(b - a for a, b in self.marks)
+            forwards, replays = (sum(a.elapsed_time(b) for a, b in m) / 1e3 for m in (self.marks, self.replays))
+            return forwards, replays
+        return sum(b - a for a, b in self.marks), 0.0
+
+    @classmethod
+    def capture(cls, function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+        """`mcsd.graphs.capture`, whose replays are timed."""
+        replay, outputs = _CAPTURE(function, device)
+
+        def timed() -> None:
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            replay()
+            after.record()
+            cls.replays.append((before, after))
+
+        return timed, outputs
+
+
+_CAPTURE = graphs.capture
 
 
 def main() -> None:
@@ -168,6 +207,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    graphs.capture = ForwardClock.capture
     device = torch.device("cpu" if options.smoke or not torch.cuda.is_available() else "cuda")
     if device.type == "cpu" and not options.smoke:
         parser.error("expected a GPU; --smoke runs tiny shapes on the CPU")
@@ -221,10 +261,10 @@ def compare(
 
         return run
 
-    def ours(drafter: Drafter, graphs: bool = True) -> Callable[[], tuple[torch.Tensor, dict[str, Any]]]:
+    def ours(drafter: Drafter, captured: bool = True) -> Callable[[], tuple[torch.Tensor, dict[str, Any]]]:
         def run() -> tuple[torch.Tensor, dict[str, Any]]:
             found = mcsd.generate(
-                target, drafter, ids, mask, max_new_tokens=options.tokens, temperature=0.0, graphs=graphs
+                target, drafter, ids, mask, max_new_tokens=options.tokens, temperature=0.0, graphs=captured
             )
             stats = found.stats
             return found.sequences, {
@@ -238,15 +278,16 @@ def compare(
     sides: dict[str, Callable[[], tuple[torch.Tensor, dict[str, Any]]]] = {
         "transformers greedy": hugging_face,
         **{f"transformers assisted, {count} tokens": assisted(count) for count in (3, 5)},
-        **{f"mcsd controlled {shape}": ours(Controlled(table, shape)) for shape in ((4, 2, 2), (1, 1, 1))},
-        # forward hooks do not see a replay, so the time outside the forwards is this side's
-        "mcsd controlled (4, 2, 2), eager": ours(Controlled(table, (4, 2, 2)), graphs=False),
-        **{
-            f"mcsd assistant {shape}": ours(ModelDrafter(assistant, shape, "point")) for shape in ((4, 2, 2), (1, 1, 1))
-        },
+    }
+    for shape in TREES:
+        sides[f"mcsd controlled {shape}"] = ours(Controlled(table, shape))
+        sides[f"mcsd controlled {shape}, forwards captured"] = ours(Controlled(table, shape, whole=False))
+    sides |= {
+        f"mcsd controlled {TREES[0]}, eager": ours(Controlled(table, TREES[0]), captured=False),
+        **{f"mcsd assistant {shape}": ours(ModelDrafter(assistant, shape, "point")) for shape in TREES},
     }
     seconds: dict[str, list[float]] = {side: [] for side in sides}
-    outside: dict[str, list[float]] = {side: [] for side in sides}
+    forwards: dict[str, list[float]] = {side: [] for side in sides}
     details: dict[str, dict[str, Any]] = {}
     for turn in range(options.rounds + 1):
         for side, run in sides.items():
@@ -256,12 +297,12 @@ def compare(
             text, details[side] = run()
             synchronize(device)
             elapsed = time.perf_counter() - start
-            forwards = clock.close()
+            hooked, replayed = clock.close()
             if text[0].tolist() != wanted:
                 raise AssertionError(f"{side} did not write the text it must write; not timed")
             if turn:  # the first one warms up
                 seconds[side].append(elapsed)
-                outside[side].append(elapsed - forwards)
+                forwards[side].append(hooked + replayed)
     plain = harness.spread(seconds["transformers greedy"])["median"]
     best = min(harness.spread(seconds[f"transformers assisted, {count} tokens"])["median"] for count in (3, 5))
     for side in sides:
@@ -281,8 +322,13 @@ def compare(
             "over_assisted": round(best / spread["median"], 3),
             **details[side],
         }
+        # where a whole step is one graph, the forwards' own time comes from the side that captures nothing else
+        apart = side if side.endswith(("captured", "eager")) else f"{side}, forwards captured"
         if steps:
-            row["microseconds_outside_forwards_per_step"] = round(min(outside[side]) / steps * 1e6, 1)
+            row["microseconds_per_step"] = round(spread["median"] / steps * 1e6, 1)
+        if steps and apart in sides:
+            outside = statistics.median(seconds[side]) - statistics.median(forwards[apart])
+            row["microseconds_outside_forwards_per_step"] = round(outside / steps * 1e6, 1)
         write(row, options.smoke)
 
 

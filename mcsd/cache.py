@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from mcsd_kernels import keep_path
 
 BLOCK = 256
+_SERIALS = itertools.count()
 REREAD = 64  # tokens at the end of a text that may be read again, and then see their own window
 
 
@@ -213,11 +215,15 @@ class TreeCache(Cache):
     Args:
         windows: each layer's sliding window, None for a layer that sees everything.
         capacity: slots a request at most: its tokens, and the largest tree.
+
+    Attributes:
+        serial: a number that no other cache has.
     """
 
     def __init__(self, windows: Sequence[int | None], capacity: int) -> None:
         super().__init__(layers=[TreeCacheLayer(self, index) for index in range(len(windows))])
         self.windows, self.capacity = windows, capacity
+        self.serial = next(_SERIALS)
         self.may_skip = False  # whether the attention knows that a windowed layer's slots do not begin at 0
         self.longest = 0
         self.used = 0

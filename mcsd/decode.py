@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral
@@ -15,9 +15,8 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from mcsd_kernels import SamplingParams, Status, Verified, ancestor_bits, draw_uniforms, verify
+from mcsd_kernels import SamplingParams, Status, Verified
 from mcsd_kernels import _checks as check
-from mcsd_kernels.tree import node_depths
 from mcsd_kernels.verify import PROPOSALS, RULES
 
 from .checking import require
@@ -26,6 +25,7 @@ from .drafters.base import Adapter
 from .profile import Profile
 from .scoring import ATTENTION, Scorer
 from .stats import Stats
+from .step import Stepped, captured_step, step
 from .trees import LARGEST_TREE, check_branching, columns
 
 
@@ -105,8 +105,11 @@ def generate(
             the node's own context.
         streamer: gets the prompt and then every token, as transformers' `generate` does; batch 1 only.
         attention: "tree" (our attention in the model), "dense" (4-D masks), or "auto".
-        graphs: capture the forwards over trees as CUDA graphs when their shapes first come, and replay them; graphs and
-            cache then stay with the models. Where that cannot be, forwards run as always.
+        graphs: capture what a step does as CUDA graphs when its shapes first come, and replay them; graphs and caches
+            then stay with the models. A step is one graph where the drafter allows it (`Drafter.captures`: a draft
+            model does) and nothing needs the host (logits processors do), else each forward over a tree is one. A
+            number among the sampling parameters belongs to what is captured, a tensor does not. Where nothing can be
+            captured, all runs as always and a line says why.
         progress: show a progress bar on stderr.
         callback: called with the running `Stats` after every step.
         observer: called in every step with what was verified: the state before it, the tree, the target's logits
@@ -183,18 +186,16 @@ def generate(
                 state.hidden = scorer.hidden
                 drafter.begin(state)
             while any(state.active):
-                tree, logits, verified = step(
-                    drafter,
-                    scorer,
-                    state,
-                    rule,
-                    process=partial(_process, processors, output) if processors else None,
-                    phase=stats.phase,
-                )
+                found = None
+                if graphs and not processors:
+                    found = captured_step(drafter, scorer, state, rule, phase=stats.phase)
+                if found is None:
+                    process = partial(_process, processors, output) if processors else None
+                    found = step(drafter, scorer, state, rule, process=process, phase=stats.phase)
                 with stats.phase("other"):
                     if observer is not None:
-                        observer(state, tree, logits, verified)
-                    emitted = output.advance(state, verified, tree, stats)
+                        observer(state, found.tree, found.logits, found.verified)
+                    emitted = output.advance(state, found, stats)
                     if bar is not None:
                         bar.update(emitted)
                         bar.set_postfix_str(f"{stats.tokens_per_call:.2f} tokens/call")
@@ -203,133 +204,6 @@ def generate(
         except KeyboardInterrupt:
             stats.interrupted = True
     return Generation(output.sequences(), stats)
-
-
-def _untimed(name: str) -> AbstractContextManager[None]:
-    return nullcontext()
-
-
-def step(
-    drafter: Drafter,
-    scorer: Scorer,
-    state: State,
-    rule: str,
-    *,
-    process: Callable[[torch.Tensor, Proposal], torch.Tensor] | None = None,
-    phase: Callable[[str], AbstractContextManager[None]] = _untimed,
-) -> tuple[Proposal, torch.Tensor, Verified]:
-    """One step: draft a tree, score it, verify it, keep what was accepted. Reads nothing back from the device.
-
-    Args:
-        drafter: where the tree comes from.
-        scorer: the target.
-        state: the batch; `step` changes nothing in it but `hidden` and `coins`.
-        rule: see `mcsd_kernels.verify`.
-        process: what makes other logits of the target's, given the tree.
-        phase: a context for each of the four parts, by name.
-
-    Returns:
-        the tree, the target's logits `[batch, scored nodes, vocab]`, and `verify`'s answer.
-    """
-    with phase("draft"):
-        tree = drafter.propose(state)
-        _check_proposal(tree, state, drafter.proposal)
-    with phase("score"):
-        logits = _score(scorer, state, tree)
-    with phase("verify"):
-        if process is not None:
-            logits = process(logits, tree)
-        verified = _verify(logits, state, tree, drafter.proposal, rule)
-    with phase("keep"):
-        scorer.keep(state.prefix, verified.path, verified.length)
-        drafter.keep(state, verified.path, verified.length)
-    return tree, logits, verified
-
-
-def _score(scorer: Scorer, state: State, tree: Proposal) -> torch.Tensor:
-    """One target forward over the tree's nodes that want it."""
-    scored = tree.tokens.shape[1] if tree.scored is None else tree.scored
-    ancestors, depth = tree.ancestors, tree.node_depth
-    if ancestors is None or depth is None:
-        ancestors = ancestor_bits(tree.parents[..., :scored])
-        depth = node_depths(ancestors)
-    logits = scorer.score(tree.tokens[:, :scored], ancestors[:, :scored], depth[..., :scored], state.prefix)
-    state.hidden = scorer.hidden
-    return logits
-
-
-def _verify(logits: torch.Tensor, state: State, tree: Proposal, proposal: str, rule: str) -> Verified:
-    """`mcsd_kernels.verify` of the tree; nodes that were not scored have no row."""
-    if logits.shape[-1] != state.vocab:
-        raise ValueError(
-            f"target: expected logits over its {state.vocab} tokens, got {logits.shape[-1]}; a tensor-parallel plan "
-            f"must gather the head's output (colwise_gather_output)"
-        )
-    target_rows = None
-    batch, nodes = tree.tokens.shape
-    if logits.shape[1] < nodes:
-        scored = logits.shape[1]
-        rows = torch.arange(batch * scored, dtype=torch.int32, device=logits.device).view(batch, scored)
-        target_rows = torch.nn.functional.pad(rows, (0, nodes - scored), value=-1)
-        logits = logits.flatten(0, 1)
-    return verify(
-        logits,
-        tree.draft_logits,
-        tree.tokens,
-        tree.parents,
-        coins_of(state, tree),
-        proposal=proposal,
-        rule=rule,
-        sampling=state.sampling,
-        target_rows=target_rows,
-        draft_rows=tree.draft_rows,
-        max_depth=tree.depth,
-        draft_sampling=tree.draft_sampling,
-        point_nodes=tree.point_nodes,
-        draft_ids=tree.draft_ids,
-    )
-
-
-def _check_proposal(tree: Proposal, state: State, proposal: str) -> None:
-    """A custom drafter's mistakes, named before they become an error deep in a model."""
-    batch = len(state.sequences)
-    tokens, parents = tree.tokens, tree.parents
-    if tokens.dim() != 2 or tokens.shape[0] != batch or tokens.shape[1] == 0 or tokens.dtype != torch.int64:
-        raise ValueError(f"Proposal.tokens: expected int64 [{batch}, nodes], got {list(tokens.shape)} {tokens.dtype}")
-    nodes = tokens.shape[1]
-    if tuple(parents.shape) not in ((nodes,), (batch, nodes)):
-        raise ValueError(f"Proposal.parents: expected [{nodes}] or [{batch}, {nodes}], got {list(parents.shape)}")
-    if tree.scored is not None and not 1 <= tree.scored <= nodes:
-        raise ValueError(f"Proposal.scored: expected a number in [1, nodes = {nodes}], got {tree.scored}")
-    for name in ("point_nodes", "origin"):
-        labels = getattr(tree, name)
-        if labels is not None and tuple(labels.shape) not in ((nodes,), (batch, nodes)):
-            raise ValueError(f"Proposal.{name}: expected [{nodes}] or [{batch}, {nodes}], got {list(labels.shape)}")
-    if nodes > LARGEST_TREE:
-        raise ValueError(f"Proposal.tokens: expected at most {LARGEST_TREE} nodes, got {nodes}")
-    if proposal != "point" and tree.draft_logits is None:
-        raise ValueError(f'Proposal.draft_logits: expected a tensor for proposal "{proposal}", got None')
-
-
-def coins_of(state: State, tree: Proposal) -> torch.Tensor:
-    """`[batch, nodes + 2]` fresh uniforms; a node's number, and the final draw's, do not depend on the tree's size.
-
-    They depend on seeds and step alone, so those of many steps are drawn together where trees keep their size.
-    """
-    batch, count = len(state.seeds), tree.tokens.shape[1] + 2
-    if torch.compiler.is_compiling():
-        return draw_uniforms(state.seeds, state.step, count).roll(-2, 1)
-    first, drawn = state.coins or (0, state.seeds.new_empty(0, 0, 0))
-    same = drawn.shape[2] == count
-    if not same or not first <= state.step < first + len(drawn):
-        ahead = max(_DRAWN_AHEAD // (batch * count), 1) if same else 1
-        steps = torch.arange(state.step, state.step + ahead, device=state.device).repeat_interleave(batch)
-        drawn = draw_uniforms(state.seeds.repeat(ahead), steps, count).roll(-2, 1).view(ahead, batch, count)
-        first, _ = state.coins = state.step, drawn
-    return drawn[state.step - first]
-
-
-_DRAWN_AHEAD = 1 << 9  # numbers
 
 
 def _process(processors: LogitsProcessorList, output: _Output, logits: torch.Tensor, tree: Proposal) -> torch.Tensor:
@@ -412,19 +286,19 @@ class _Output:
         if self.streamer is not None:
             self.streamer.put(self.input_ids.cpu())
 
-    def advance(self, state: State, verified: Verified, tree: Proposal, stats: Stats) -> int:
+    def advance(self, state: State, found: Stepped, stats: Stats) -> int:
         """Append what was verified, token by token up to each request's end; returns how many tokens came."""
-        packed = _packed(verified, tree)  # the step's only copy to the host
-        width = verified.tokens.shape[1]
+        rows = _read(found)  # the step's only copy to the host
+        width = found.verified.tokens.shape[1]
         stats.target_calls += 1
         came = 0
-        for request, (length, status, more, *tokens) in enumerate(packed):
+        for request, (length, status, more, *tokens) in enumerate(rows):
             if not state.active[request]:
                 continue
             stats.request_calls += 1
             stats.status[request] |= status
             stats.count(length - 1, length - 1 + more)
-            if tree.origin is not None:
+            if found.tree.origin is not None:
                 stats.count_origins(tokens[2 * width :], tokens[width : 2 * width])
             row = self.rows[request]
             if status & ~Status.BAD_TOKEN:  # the last token is a placeholder, and there is nothing to go on with
@@ -454,34 +328,21 @@ class _Output:
         return torch.tensor(padded, device=self.input_ids.device)
 
 
-def _packed(verified: Verified, tree: Proposal) -> list[list[int]]:
-    """Of each request its length, its status, whether its last node had candidates, its tokens, and `_origins`."""
-    if verified.path.is_cpu and tree.origin is None:
-        # in lists: after a forward each tensor operation that is new to the processor's caches takes 10 us or more
-        path, length, tokens, status = (field.tolist() for field in verified)
-        nodes = tree.tokens.tolist()
-        parents = tree.parents.tolist() if tree.parents.dim() == 2 else [tree.parents.tolist()] * len(nodes)
-        more = [
-            any(above == node and token >= 0 for above, token in zip(parents[request], nodes[request], strict=True))
-            for request, node in enumerate(map(max, path))
-        ]
-        return [[n, bits, some, *row] for n, bits, some, row in zip(length, status, more, tokens, strict=True)]
-    last = verified.path.amax(1, keepdim=True)  # numbers ascend on every way down a tree
-    offered = ((tree.parents == last) & (tree.tokens >= 0)).any(1)
-    parts = [verified.length[:, None], verified.status[:, None], offered[:, None], verified.tokens]
-    if tree.origin is not None:
-        parts += _origins(tree, verified.path)
-    rows: list[list[int]] = torch.cat(parts, 1).tolist()
-    return rows
-
-
-def _origins(tree: Proposal, path: torch.Tensor) -> list[torch.Tensor]:
-    """`[batch, depth + 1]` and `[batch, nodes]`: origins of the accepted nodes and of all candidates, -1 for none."""
-    assert tree.origin is not None
-    candidates = (tree.parents >= 0) & (tree.tokens >= 0)
-    proposed = torch.where(candidates, tree.origin, -1)
-    accepted = torch.where(path > 0, proposed.gather(1, path.clamp(min=0).long()), -1)
-    return [accepted, proposed]
+def _read(found: Stepped) -> list[list[int]]:
+    """Of each request its length, its status, whether its last node had candidates, its tokens, and origins."""
+    tree, _, verified, packed = found
+    if packed is not None:
+        rows: list[list[int]] = packed.tolist()
+        return rows
+    # in lists: after a forward each tensor operation that is new to the processor's caches takes 10 us or more
+    path, length, tokens, status = (field.tolist() for field in verified)
+    nodes = tree.tokens.tolist()
+    parents = tree.parents.tolist() if tree.parents.dim() == 2 else [tree.parents.tolist()] * len(nodes)
+    more = [
+        any(above == node and token >= 0 for above, token in zip(parents[request], nodes[request], strict=True))
+        for request, node in enumerate(map(max, path))
+    ]
+    return [[n, bits, some, *row] for n, bits, some, row in zip(length, status, more, tokens, strict=True)]
 
 
 def _prompts(target: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:

@@ -1,12 +1,13 @@
-"""Forwards captured as CUDA graphs on their first use and replayed where the same shapes come again."""
+"""Forwards and whole steps captured as CUDA graphs on their first use, and replayed where they come again."""
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,6 +15,7 @@ LOG = logging.getLogger(__name__)
 LARGEST = 256  # rows; a forward over more of them is busy enough
 PADDING = 16  # rows added at most
 _PREFIX_BUCKET = 512
+_MOST = 64  # graphs over one cache
 
 
 class Outputs(NamedTuple):
@@ -28,20 +30,27 @@ class Outputs(NamedTuple):
     hidden: torch.Tensor | None
 
 
-Forward = Callable[[], Outputs]
+# the caches that a graph points into, by number, and how often each has moved
+Memory = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class Captured:
-    """One graph: what it reads, how it is run, and where its results lie, which the next replay overwrites."""
+    """One graph: where it points, what it reads, how it is run, and its results, which the next replay overwrites."""
 
+    memory: Memory
     inputs: tuple[torch.Tensor, ...]
     replay: Callable[[], None]
-    outputs: Outputs
+    outputs: Any
+
+    def is_lost(self, memory: Memory) -> bool:
+        """Whether something it points to has moved since."""
+        now = dict(memory)
+        return any(now.get(cache, moved) != moved for cache, moved in self.memory)
 
 
-def capture(forward: Forward, device: torch.device) -> tuple[Callable[[], None], Outputs]:
-    """Capture a forward on its device, after two runs beside it that compile and allocate."""
+def capture(function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+    """Capture a function on its device, after two runs beside it that compile and allocate."""
     if not torch.cuda.is_available():
         raise RuntimeError("there is no CUDA device")
     with torch.cuda.device(device):
@@ -49,74 +58,97 @@ def capture(forward: Forward, device: torch.device) -> tuple[Callable[[], None],
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             for _ in range(2):
-                forward()
+                function()
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            outputs = forward()
+            outputs = function()
     return graph.replay, outputs
 
 
+_under_way = threading.local()
+
+
+def capturing() -> bool:
+    """Whether this thread is about to capture something: what is captured within that becomes a part of it."""
+    return getattr(_under_way, "yes", False)
+
+
 class Graphs:
-    """The captured forwards of one model and one cache.
+    """What was captured over one cache or two.
 
     Args:
+        otherwise: what happens where nothing can be captured, for the report.
         report: gets a line for each capture, and the reason if there can be none; None: the log.
 
     Attributes:
-        reason: why forwards run eagerly; "" as long as they do not.
+        reason: why nothing is captured; "" as long as it is.
     """
 
-    def __init__(self, report: Callable[[str], None] | None = None) -> None:
+    def __init__(self, otherwise: str, report: Callable[[str], None] | None = None) -> None:
+        self.otherwise = otherwise
         self.report = report or LOG.info
         self.reason = ""
         self._captured: dict[Hashable, Captured] = {}
-        self._version = -1
 
     def __len__(self) -> int:
         return len(self._captured)
 
     def run(
         self,
-        key: tuple[int, ...],
-        version: int,
-        forward: Callable[..., Outputs],
+        key: tuple[Hashable, ...],
+        memory: Memory,
+        function: Callable[..., Any],
         inputs: Sequence[torch.Tensor],
-    ) -> Outputs:
-        """A forward over these inputs, replayed if it was captured.
+        what: str,
+    ) -> Any:
+        """A function of these inputs, replayed if it was captured.
 
         Args:
-            key: what the graph depends on besides the inputs' shapes: batch, rows, first row, prefix, rows of logits.
-            version: of the memory the graph points into; graphs of another version are dropped.
-            forward: what to run; it may do nothing that depends on numbers on the host, and running it twice must do
-                no harm.
+            key: what the graph depends on besides the inputs' shapes and dtypes.
+            memory: the caches that it points into.
+            function: what to run; it may do nothing that depends on numbers on the host which `key` leaves out, and
+                running it twice must do no harm.
             inputs: its arguments, tensors whose content changes from call to call.
+            what: this is, for the report.
+
+        Returns:
+            the function's result; a replay's lies where the one before it lay.
         """
-        if self.reason:
-            return forward(*inputs)
-        if version != self._version:
-            self._captured.clear()
-            self._version = version
-        known = (*key, *(size for tensor in inputs for size in tensor.shape))
-        if known not in self._captured:
-            start = time.perf_counter()
-            held = tuple(tensor.clone() for tensor in inputs)
-            try:
-                self._captured[known] = Captured(held, *capture(lambda: forward(*held), held[0].device))
-            except Exception as error:  # whatever a model does that cannot be captured is the reason
-                self.reason = f"forwards run eagerly: {type(error).__name__}: {error}"
-                self.report(self.reason)
-                return forward(*inputs)
-            batch, rows, first, prefix, _ = key
-            self.report(
-                f"captured a forward: batch {batch}, rows {first} to {first + rows - 1}, prefixes up to {prefix}, "
-                f"in {time.perf_counter() - start:.2f} s"
-            )
-        found = self._captured[known]
-        for held_tensor, tensor in zip(found.inputs, inputs, strict=True):
-            held_tensor.copy_(tensor)
+        if self.reason or capturing():
+            return function(*inputs)
+        known = (*key, memory, *((tensor.shape, tensor.dtype) for tensor in inputs))
+        found = self._captured.pop(known, None)
+        if found is None:
+            found = self._capture(memory, function, inputs, what)
+            if found is None:
+                return function(*inputs)
+            # dropped here, for now none of them is being replayed
+            kept = [(key, one) for key, one in self._captured.items() if not one.is_lost(memory)]
+            self._captured = dict(kept[-(_MOST - 1) :])
+        self._captured[known] = found  # at the end, as the one that was in use last
+        for held, tensor in zip(found.inputs, inputs, strict=True):
+            held.copy_(tensor)
         found.replay()
         return found.outputs
+
+    def _capture(
+        self, memory: Memory, function: Callable[..., Any], inputs: Sequence[torch.Tensor], what: str
+    ) -> Captured | None:
+        """The graph; None, and the reason is known from then on, where there can be none."""
+        start = time.perf_counter()
+        held = tuple(tensor.clone() for tensor in inputs)
+        _under_way.yes = True
+        try:
+            replay, outputs = capture(lambda: function(*held), held[0].device)
+        except Exception as error:  # whatever a model does that cannot be captured is the reason
+            self.reason = f"{self.otherwise}: {type(error).__name__}: {error}"
+            self.report(self.reason)
+            return None
+        finally:
+            _under_way.yes = False
+        self.report(f"captured {what}, in {time.perf_counter() - start:.2f} s")
+        return Captured(memory, held, replay, outputs)
 
 
 def fingerprint(model: torch.nn.Module) -> int:

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from mcsd_kernels import SamplingParams, Status, Verified
 from mcsd_kernels.reference import Law, row_law
 
-from .decode import coins_of, generate
+from .decode import generate
 from .diagnostics import Recorder, draft_logits_of
 from .drafters import Drafter, Proposal, State
+from .step import coins_of
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from transformers.cache_utils import (
 
 from .attention import TreeStep, takes_tree_attention, tree_attention_in
 from .cache import Prefix, TreeCache
-from .graphs import LARGEST, LOG, PADDING, Graphs, Outputs, fingerprint, prefix_bucket, row_bucket
+from .graphs import LARGEST, LOG, PADDING, Graphs, Outputs, capturing, fingerprint, prefix_bucket, row_bucket
 from .hidden import HiddenStates, why_not
 from .trees import after_chain, chain_bits, chain_depths
 
@@ -36,7 +36,7 @@ _OWN_MASKS = {
 
 
 # model -> kind of scorer -> what its last one left for the next
-_KEPT: WeakKeyDictionary[PreTrainedModel, dict[Any, tuple[TreeCache, Graphs]]] = WeakKeyDictionary()
+_KEPT: WeakKeyDictionary[PreTrainedModel, dict[Any, tuple[TreeCache, Graphs, Graphs]]] = WeakKeyDictionary()
 
 
 class UnsupportedModelError(ValueError):
@@ -85,6 +85,10 @@ class Scorer:
         batch: requests, if trees shall be scored by captured graphs (see `mcsd.graphs`); None: they shall not. Graphs
             and cache are kept for the model's next scorer of as many requests.
         report: gets the graphs' lines.
+        leader: the target's scorer, if this one's is a draft.
+
+    Attributes:
+        begun: the first step is over. Nothing is captured before that: it reads a prompt, which comes but once.
 
     Raises:
         UnsupportedModelError: the model cannot score trees, or its hidden states cannot be read.
@@ -98,6 +102,7 @@ class Scorer:
         reads_hidden: bool = False,
         batch: int | None = None,
         report: Callable[[str], None] | None = None,
+        leader: Scorer | None = None,
     ) -> None:
         reason = refusal(model, attention) or (why_not(model) if reads_hidden else None)
         if reason:
@@ -107,15 +112,20 @@ class Scorer:
         self.tree = attention != "dense" and takes_tree_attention(model)
         windows = [getattr(layer, "sliding_window", None) for layer in _layers(config)]
         self.graphs: Graphs | None = None
+        self.steps: Graphs | None = None  # of which this model is the target
         if batch is None:
             self.cache = TreeCache(windows, capacity)
         else:
             # padded rows have slots of their own
             self._kind = (batch, self.tree, reads_hidden, fingerprint(model))
             kept = _KEPT.get(model, {}).pop(self._kind, None)
-            self.cache, self.graphs = kept or (TreeCache(windows, capacity + PADDING), Graphs())
+            self.cache, self.graphs, self.steps = kept or (
+                TreeCache(windows, capacity + PADDING),
+                Graphs("forwards run eagerly"),
+                Graphs("steps run part by part"),
+            )
             self.cache.reset(capacity + PADDING)
-            self.graphs.report = report or LOG.info
+            self.graphs.report = self.steps.report = report or LOG.info
         self._own_cache = self.cache
         embedding = model.get_input_embeddings().weight
         self.device, self.vocab = embedding.device, embedding.shape[0]
@@ -123,6 +133,7 @@ class Scorer:
         self._last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._states = HiddenStates(model) if reads_hidden else None
         self.hidden: torch.Tensor | None = None  # of the last prompt or tree
+        self.begun, self._leader = False, leader or self
         self._unread: torch.Tensor | None = None  # the end of a prompt that the first tree brings along
 
     @contextmanager
@@ -130,8 +141,23 @@ class Scorer:
         """The model attends by tree inside this context, and its hidden states are read if that was asked for."""
         with tree_attention_in(self.model) if self.tree else nullcontext(), self._states or nullcontext():
             yield
-        if self.graphs is not None and self.cache is self._own_cache:
-            _KEPT[self.model] = {self._kind: (self.cache, self.graphs)}  # one at a time: a cache is large
+        if self.graphs is not None and self.steps is not None and self.cache is self._own_cache:
+            kept = self.cache, self.graphs, self.steps
+            _KEPT[self.model] = {self._kind: kept}  # one at a time: a cache is large
+
+    @property
+    def ready(self) -> bool:
+        """Whether forwards over trees depend on no number on the host, but for bounds, and may be captured."""
+        return self.graphs is not None and self.cache is self._own_cache and self._leader.begun
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Which cache this is, and how often its memory has moved."""
+        return self.cache.serial, self.cache.version
+
+    def reserve(self, prefix: Prefix, nodes: int) -> None:
+        """Make room in the cache for a captured step's trees of so many nodes."""
+        self.cache.place(prefix, 0, nodes + PADDING, prefix_bucket(prefix.longest))
 
     def prefill(
         self, tokens: torch.Tensor, lengths: list[int], start: list[int] | None = None, *, join: bool = False
@@ -200,6 +226,7 @@ class Scorer:
     def keep(self, prefix: Prefix, path: torch.Tensor, length: torch.Tensor) -> None:
         """Move the accepted nodes to the end of each request's prefix."""
         self.cache.keep(prefix, path, length)
+        self.begun = True
 
     def _forward(
         self,
@@ -211,9 +238,11 @@ class Scorer:
         wanted: int,
     ) -> torch.Tensor:
         rows = tokens.shape[1]
-        few = rows <= LARGEST and (wanted == rows or rows <= 2)
-        if self.graphs is not None and few and self.cache.layers[0].is_initialized:
+        few = rows <= LARGEST or capturing()
+        if self.graphs is not None and self.ready and few and (wanted == rows or rows <= 2):
             outputs = self._replay(self.graphs, tokens, ancestors, depth, prefix, offset, wanted)
+        elif capturing():
+            raise RuntimeError("a forward over a part of a text, whose place the host knows")
         else:
             self.cache.place(prefix, offset, rows)
             same = prefix.longest if prefix.same else None
@@ -250,7 +279,14 @@ class Scorer:
             return self._run(tokens, ancestors, depth, lengths, kept, None, True)
 
         key = (batch, padded, offset, bound, kept)
-        outputs = graphs.run(key, self.cache.version, forward, (tokens, ancestors, depth, prefix.lengths))
+        last = offset + padded - 1
+        outputs: Outputs = graphs.run(
+            key,
+            (self.version,),
+            forward,
+            (tokens, ancestors, depth, prefix.lengths),
+            f"a forward: batch {batch}, rows {offset} to {last}, prefixes up to {bound}",
+        )
         if rows == padded:
             return outputs
         hidden = None if outputs.hidden is None else outputs.hidden[:, :rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +58,7 @@ def units(sizes: Sizes) -> list[Unit]:
             for rule, proposal in sizes.every
         ]
         found.append(Unit("checks", f"rows vocab={vocab}", partial(row_operations, vocab)))
-    found.append(Unit("checks", "trees", tree_operations))
+    found += [Unit("checks", "trees", tree_operations), Unit("checks", "loop", captured_loop)]
     for rule, proposal in ends if sizes.smoke else sizes.every:
         found += [
             Unit(
@@ -224,6 +225,67 @@ def tree_operations(context: Context) -> Iterator[Row]:
         if not error < 2**-6:
             faults.append(f"tree_attention, window {window}: off by {error:.1e} of the largest entry")
     yield verdict("trees", faults, case={"nodes": nodes, "slots": slots, "dtype": "bfloat16"})
+
+
+def captured_loop(context: Context) -> Iterator[Row]:
+    """`generate` with its steps captured and replayed, against the same without graphs: sampled text, other texts."""
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        import mcsd
+    except ImportError as error:
+        yield {"bench": "gpu-check", "check": "loop", "status": "skipped", "error": str(error)}
+        return
+    config = LlamaConfig(
+        vocab_size=499,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    target = LlamaForCausalLM(config).eval().requires_grad_(False)
+    target.lm_head.weight *= 20.0
+    draft = LlamaForCausalLM(config).eval().requires_grad_(False)
+    noise = {name: 0.01 * torch.randn_like(weight) for name, weight in target.state_dict().items()}
+    draft.load_state_dict({name: weight + noise[name] for name, weight in target.state_dict().items()})
+    models = [model.to(context.device.device) for model in (target, draft)]
+    faults, told, steps, accepted = [], [], 0, 0
+    told_by = logging.getLogger("mcsd.graphs")
+    before, listener = told_by.level, logging.Handler()
+    listener.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    told_by.addHandler(listener)
+    told_by.setLevel(logging.INFO)
+    try:
+        for seed, (rule, shape) in enumerate((rule, shape) for rule in ("recursive", "traversal") for shape in LOOPS):
+            for temperature in (1.0, torch.tensor([0.7, 0.0, 1.2], device=context.device.device)):
+                random = torch.Generator().manual_seed(seed)
+                ids = torch.randint(499, (3, 9), generator=random).to(context.device.device)
+                mask = (torch.arange(9) >= torch.tensor([[0], [4], [7]])).long().to(ids.device)
+                options = {"branching": shape, "temperature": temperature, "rule": rule, "seed": seed}
+                tokens = 8 if context.sizes.smoke else 64
+                texts = [
+                    mcsd.generate(*models, ids, mask, max_new_tokens=tokens, graphs=graphs, **options)
+                    for graphs in (True, False)
+                ]
+                steps, accepted = steps + texts[0].stats.target_calls, accepted + sum(texts[0].stats.accepted_by_depth)
+                if not torch.equal(texts[0].sequences, texts[1].sequences):
+                    faults.append(f"{rule}, {shape}, {temperature}: another text than without graphs")
+    finally:
+        told_by.removeHandler(listener)
+        told_by.setLevel(before)
+    if not context.sizes.smoke:
+        faults += [line for line in told if not line.startswith("captured")]
+        if not any(line.startswith("captured a step") for line in told):
+            faults.append("no step was captured")
+    yield verdict("loop", faults, steps=steps, accepted=accepted, captures=len(told))
+
+
+LOOPS = ((2,), (3, 2), (1, 1, 1))
 
 
 # ---- what must not matter

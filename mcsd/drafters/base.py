@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from ..cache import Prefix
 
 if TYPE_CHECKING:
     from ..scoring import Scorer
+
+_Some = TypeVar("_Some", bound="Drafter")
 
 
 @dataclass
@@ -41,6 +45,7 @@ class State:
         tail: `[batch, 2]` int64 on the device: the last two committed tokens; the last one twice, if it is alone.
         coins: a step's number, and `[steps, batch, numbers]` f32 from it on: what the loop gives `verify`. A proposal
             that depends on them is not verified losslessly.
+        small: `[5, batch]` int64 on the device, which `prefix`, `shorter`, `tail` and `step_on_device` are read from.
     """
 
     sequences: list[list[int]]
@@ -57,21 +62,34 @@ class State:
     shorter: Prefix = field(init=False)
     tail: torch.Tensor = field(init=False)
     coins: tuple[int, torch.Tensor] | None = field(init=False, repr=False, default=None)
+    small: torch.Tensor = field(init=False, repr=False)
+    _before: tuple[list[int], list[int]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.refresh()
 
     def refresh(self) -> None:
-        """Bring `prefix`, `shorter` and `tail` up to `sequences`, with one copy to the device."""
+        """Bring everything on the device up to `sequences` and `step`, with one copy to it."""
         before = [len(sequence) - 1 for sequence in self.sequences]
         less = [max(n - 1, 0) for n in before]
         last, one_before = [s[-1] for s in self.sequences], [s[-2:][0] for s in self.sequences]
-        small = torch.from_numpy(np.array([before, less, one_before, last], np.int64))
+        small = torch.from_numpy(np.array([before, less, one_before, last, [self.step] * len(before)], np.int64))
         if self.device.type != "cpu":
             small = small.to(self.device, non_blocking=True)
+        self._before = before, less
+        self.read(small)
+
+    def read(self, small: torch.Tensor) -> None:
+        """Take from `small` what is on the device."""
+        self.small = small
         lengths = small[:2].int()
-        self.prefix, self.shorter = Prefix(lengths[0], before), Prefix(lengths[1], less)
-        self.tail = small[2:].T
+        self.prefix, self.shorter = Prefix(lengths[0], self._before[0]), Prefix(lengths[1], self._before[1])
+        self.tail = small[2:4].T
+
+    @property
+    def step_on_device(self) -> torch.Tensor:
+        """`[]` int64: `step`."""
+        return self.small[4, 0]
 
 
 @dataclass
@@ -112,6 +130,20 @@ class Proposal:
     scored: int | None = None
 
 
+class Captures(NamedTuple):
+    """What a captured step takes from a drafter for good.
+
+    Args:
+        nodes: of its trees.
+        key: what `propose` and `keep` depend on besides the tensors in `State`; equal keys, equal steps.
+        memory: `Scorer.version` of each cache of the drafter's own.
+    """
+
+    nodes: int
+    key: Hashable
+    memory: tuple[tuple[int, int], ...] = ()
+
+
 class Drafter(ABC):
     """Proposes token trees. A subclass needs `propose`; `begin`, `keep` and `end` are for drafters with a memory.
 
@@ -145,6 +177,26 @@ class Drafter(ABC):
 
     def end(self) -> None:  # noqa: B027 - optional hook
         """The generation is over, however it ended."""
+
+    def captures(self, state: State) -> Captures | None:
+        """Whether the next step may be captured as a CUDA graph and replayed from then on, in other generations too.
+
+        A replay repeats what the device did and runs no line of the drafter. So only a drafter may answer whose
+        `propose` and `keep` look at nothing that changes from step to step but the tensors in `State` (never its lists
+        and numbers), leave nothing behind on the host, and do no harm when they are called twice. What they need room
+        for must be there when this returns.
+
+        Returns:
+            what such a graph depends on; None: the step is run as it comes, as by default.
+        """
+        return None
+
+    def forgetful(self: _Some) -> _Some:
+        """A copy for a step that is being captured: it shares models and caches, and knows nothing of the requests.
+
+        It is kept as long as the graph, with the tensors that the graph reads.
+        """
+        return copy.copy(self)
 
 
 class Adapter(Drafter):

@@ -88,7 +88,7 @@ class Plan:
         level: int,
         logits: torch.Tensor,
         tokens: torch.Tensor,
-        step: int,
+        step: int | torch.Tensor,
         goes_on: torch.Tensor | None = None,
         token_of: torch.Tensor | None = None,
     ) -> None:
@@ -205,6 +205,12 @@ class LevelDrafter(Drafter):
         """Give models their own settings back, and the memory free."""
         self._contexts.close()
         self._plans, self._drawn_from, self._draft_ids, self._token_of = {}, None, None, None
+
+    def forgetful(self: _Some) -> _Some:
+        """See `Drafter`."""
+        other = copy.copy(self)
+        other._plans, other._drawn_from = {}, None
+        return other
 
     def _knows(self, ids: torch.Tensor) -> None:
         """Say which tokens the columns of the logits are, `[columns]` int64, where they are not the target's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from mcsd_kernels import SamplingParams
 
 from ..trees import chain_bits, chain_depths, columns
-from .base import State
+from .base import Captures, State
 from .levels import LevelDrafter
 from .reading import read_all, scorer_of
 from .stopping import Stopping
@@ -80,6 +81,20 @@ class ModelDrafter(LevelDrafter):
         # -1 and other drafters' nodes find the -1 at the end
         slots = tree.slots.take(path.clamp(max=tree.nodes).long())
         self._scorer.keep(state.prefix, slots, (slots >= 0).sum(1, dtype=torch.int32))
+
+    def captures(self, state: State) -> Captures | None:
+        """From the second step on, unless what it does depends on more than the text: see `Drafter`."""
+        as_it_is = type(self) is ModelDrafter and self.alone and self.nodes is None and self.stopping is None
+        if not as_it_is or not self._scorer.ready:
+            return None
+        self._scorer.reserve(state.prefix, len(self.parents))
+        return Captures(len(self.parents), (self.parents, id(self.sampling)), (self._scorer.version,))
+
+    def forgetful(self) -> ModelDrafter:
+        """See `Drafter`; captured steps stay with the target and shall not keep this model alive."""
+        other = super().forgetful()
+        other.model, other._scorer = weakref.proxy(self.model), weakref.proxy(self._scorer)
+        return other
 
     def end(self) -> None:
         """Give the model its own attention back, and the cache's memory free."""

@@ -24,7 +24,7 @@ def scorer_of(model: PreTrainedModel, attention: str, state: State, nodes: int) 
     graphs = None if state.scorer is None else state.scorer.graphs
     batch = None if graphs is None else len(state.sequences)
     report = None if graphs is None else graphs.report
-    return Scorer(model, state.capacity + nodes, attention, batch=batch, report=report)
+    return Scorer(model, state.capacity + nodes, attention, batch=batch, report=report, leader=state.scorer)
 
 
 def read_all(scorer: Scorer, state: State, cached: Sequence[int]) -> torch.Tensor:

@@ -1,0 +1,265 @@
+"""Forwards and steps captured as CUDA graphs: a tape stands for the graph, so that no Python runs in a replay."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from transformers import LogitsProcessor, PreTrainedModel
+
+import mcsd
+from mcsd import Drafter, ModelDrafter, Proposal, State
+from mcsd.drafters import EntropyStop
+from mcsd.drafters.base import Captures
+from mcsd.graphs import PADDING, fingerprint, prefix_bucket, row_bucket
+from mcsd.trees import StaticTree
+from tests.tape import Tape
+from tests.tiny import VOCAB, greedy, pad, perturbed, prompt, tiny
+
+PROMPTS = [prompt(17, 1), prompt(4, 2), prompt(9, 3)]
+NEW = 12
+
+
+@pytest.fixture
+def tape(monkeypatch: pytest.MonkeyPatch) -> Tape:
+    monkeypatch.setattr("mcsd.cache.BLOCK", 8)
+    return Tape(monkeypatch)
+
+
+# Forwards
+
+
+class Plain(Drafter):
+    """A drafter that has no say on graphs: only forwards are captured."""
+
+    def __init__(self, drafter: ModelDrafter) -> None:
+        self.drafter, self.proposal = drafter, drafter.proposal
+        self.begin, self.keep, self.end = drafter.begin, drafter.keep, drafter.end  # type: ignore[method-assign]
+
+    def propose(self, state: State) -> Proposal:
+        return self.drafter.propose(state)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_captured_forwards_are_replayed(name: str, tape: Tape) -> None:
+    model = tiny(name)
+    ids, mask = pad(PROMPTS)
+    options: dict[str, Any] = {"max_new_tokens": 16}
+    draft = Plain(ModelDrafter(perturbed(model), (3, 2), "point"))
+    found = mcsd.generate(model, draft, ids, mask, temperature=0.0, graphs=True, **options)
+    assert torch.equal(found.sequences, greedy(model, ids, mask, 16)) and "step" not in found.stats.seconds
+    # a read and a level of the draft, and the target's tree; and once more where memory moved
+    assert 3 <= tape.captured < tape.replayed
+    before = tape.captured
+    again = mcsd.generate(model, draft, ids, mask, temperature=0.0, graphs=True, **options)
+    assert torch.equal(again.sequences, found.sequences)
+    assert tape.captured - before < before, "graphs and cache stay with the model"
+    draft = Plain(ModelDrafter(perturbed(model), (3, 2)))
+    sampled = [mcsd.generate(model, draft, ids, mask, seed=4, graphs=g, **options) for g in (True, False)]
+    assert torch.equal(sampled[0].sequences, sampled[1].sequences)
+
+
+def test_a_model_that_was_changed_is_captured_anew() -> None:
+    model = tiny()
+    seen = {fingerprint(model)}
+    assert seen == {fingerprint(model)}
+    model.model.layers[0].mlp.adapter_is_on = False
+    seen.add(fingerprint(model))
+    model.model.layers[0].mlp.adapter_is_on = True
+    seen.add(fingerprint(model))
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    seen.add(fingerprint(model))
+    model.model.norm = copy.deepcopy(model.model.norm)
+    seen.add(fingerprint(model))
+    assert len(seen) == 5
+
+
+def test_what_cannot_be_captured_runs_as_always(capsys: pytest.CaptureFixture[str]) -> None:
+    llama = tiny()
+    ids, mask = pad(PROMPTS)
+    wanted = greedy(llama, ids, mask, NEW)
+    found = mcsd.generate(
+        llama, perturbed(llama), ids, mask, max_new_tokens=NEW, temperature=0.0, graphs=True, progress=True
+    )
+    assert torch.equal(found.sequences, wanted)
+    if not torch.cuda.is_available():
+        assert "forwards run eagerly: RuntimeError: there is no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rows", "padded"), [(1, 1), (2, 2), (3, 4), (13, 16), (16, 16), (17, 32), (29, 32), (33, 48)])
+def test_rows_are_padded_to_buckets(rows: int, padded: int) -> None:
+    assert row_bucket(rows) == padded and padded - rows <= PADDING
+
+
+def test_prefixes_are_padded_to_buckets() -> None:
+    assert [prefix_bucket(n) for n in (0, 1, 512, 513, 5000)] == [512, 512, 512, 1024, 8192]
+
+
+# Whole steps
+
+
+def both(model: PreTrainedModel, draft: Any, **options: Any) -> tuple[mcsd.Generation, mcsd.Generation]:
+    """The same generation with and without graphs."""
+    ids, mask = pad(PROMPTS)
+    with_graphs, without = (
+        mcsd.generate(model, draft, ids, mask, graphs=graphs, **options) for graphs in (True, False)
+    )
+    return with_graphs, without
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "gpt2", "mistral"])
+def test_captured_steps_are_replayed(name: str, tape: Tape) -> None:
+    model = tiny(name)
+    draft = perturbed(model)
+    for seed in (4, 9):
+        found, wanted = both(model, draft, max_new_tokens=20, branching=(3, 2), seed=seed)
+        assert torch.equal(found.sequences, wanted.sequences)
+        assert found.stats.accepted_by_depth == wanted.stats.accepted_by_depth
+        assert found.stats.tested_by_depth == wanted.stats.tested_by_depth
+    assert "step" in found.stats.seconds and "step" not in wanted.stats.seconds
+    assert 1 <= tape.captured < tape.replayed
+
+
+@pytest.mark.parametrize("rule", ["recursive", "traversal"])
+@pytest.mark.parametrize("proposal", ["without_replacement", "with_replacement", "greedy", "point"])
+def test_a_captured_step_serves_every_text_and_temperature(rule: str, proposal: str, tape: Tape) -> None:
+    model = tiny()
+    draft = perturbed(model)
+    drafters = [ModelDrafter(draft, (2, 2), proposal) for _ in range(4)]
+    rows = [pad([prompt(n, 7 * i + n) for n in (9, 17, 4)]) for i in range(4)]
+    for index, (drafter, (ids, mask)) in enumerate(zip(drafters, rows, strict=True)):
+        options: dict[str, Any] = {
+            "max_new_tokens": 10,
+            "rule": rule,
+            "seed": [index, 50, 2 * index],
+            "temperature": torch.tensor([0.5, 1.0, 0.2 * index]),
+            "top_k": torch.tensor([0, 3 + index, 0]),
+            "eos_token_id": 5,
+        }
+        found = mcsd.generate(model, drafter, ids, mask, graphs=True, **options)
+        wanted = mcsd.generate(model, ModelDrafter(draft, (2, 2), proposal), ids, mask, **options)
+        assert torch.equal(found.sequences, wanted.sequences)
+    captured = tape.captured
+    for numbers in ({"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.8}, {"temperature": 0.7}):
+        found, wanted = both(model, ModelDrafter(draft, (2, 2), proposal), max_new_tokens=8, rule=rule, **numbers)
+        assert torch.equal(found.sequences, wanted.sequences)
+    assert captured <= 2 and tape.captured == captured + 2, "one for each kind of filter"
+
+
+def test_a_captured_step_keeps_what_it_points_to(tape: Tape) -> None:
+    # a draft that knows some tokens only: what maps its columns is made anew in each generation
+    model = tiny()
+    draft = perturbed(model)
+    ids = torch.arange(0, VOCAB, 2)
+    draft.sub_vocab = ids
+    draft.reduced = nullcontext
+    draft.lm_head.weight = torch.nn.Parameter(draft.lm_head.weight[::2].clone())
+    for seed in range(3):
+        found, wanted = both(model, draft, max_new_tokens=20, branching=(3, 2), seed=seed)
+        assert torch.equal(found.sequences, wanted.sequences)
+        gc.collect()
+    assert tape.captured == 1
+
+
+def test_longer_texts_get_steps_of_their_own(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mcsd.graphs._PREFIX_BUCKET", 16)
+    model = tiny()
+    lines: list[str] = []
+    monkeypatch.setattr("mcsd.graphs.LOG.info", lines.append)
+    found, wanted = both(model, perturbed(model), max_new_tokens=60, branching=(2,))
+    assert torch.equal(found.sequences, wanted.sequences)
+    assert lines[0].startswith("captured a step: batch 3, 3 nodes, prefixes up to 32, in ")
+    assert {line.split("up to ")[1].split(",")[0] for line in lines} == {"32", "64", "128"}
+
+
+def test_drafts_in_turn_keep_their_steps(tape: Tape) -> None:
+    model = tiny()
+    drafts = [perturbed(model, seed=seed) for seed in range(2)]
+    for draft in 2 * drafts:
+        found, wanted = both(model, draft, max_new_tokens=12, branching=(3,))
+        assert torch.equal(found.sequences, wanted.sequences)
+    assert tape.captured == 2
+
+
+def test_graphs_do_not_heap_up(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mcsd.graphs._MOST", 2)
+    monkeypatch.setattr("mcsd.cache.BLOCK", 256)
+    model = tiny()
+    draft = perturbed(model)
+    captured = []
+    for temperature in (0.5, 1.0, 0.5, 1.5, 0.5, 1.0):
+        found, wanted = both(model, draft, max_new_tokens=8, branching=(3,), temperature=temperature)
+        assert torch.equal(found.sequences, wanted.sequences)
+        captured.append(tape.captured)
+    assert captured == [1, 2, 2, 3, 3, 4], "the one that was in use longest ago goes"
+
+
+class Table(Drafter):
+    """A tree without a model, from a table of successors."""
+
+    def __init__(self, table: torch.Tensor, *, looks: bool = False) -> None:
+        self.table, self.looks = table, looks
+
+    def propose(self, state: State) -> Proposal:
+        root = state.tail[:, -1:]
+        if self.looks:
+            root = root + 0 * int(root[0, 0])
+        child = self.table[root]
+        tree = StaticTree.of((-1, 0, 0, 1), state.device)
+        tokens = torch.cat([root, child, (child + 1) % VOCAB, self.table[child]], 1)
+        return Proposal(tokens, tree.parents, 2, ancestors=tree.node_ancestors, node_depth=tree.node_depth)
+
+    def captures(self, state: State) -> Captures | None:
+        return Captures(4, id(self.table))
+
+
+def test_a_drafter_may_offer_its_steps(tape: Tape) -> None:
+    model = tiny()
+    table = torch.randperm(VOCAB)
+    for _ in range(2):
+        found, wanted = both(model, Table(table), max_new_tokens=20, temperature=0.0)
+        assert torch.equal(found.sequences, wanted.sequences)
+    assert tape.captured == 1
+
+
+def test_a_step_that_waits_for_the_host_is_not_captured(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("mcsd.graphs.LOG.info", lines.append)
+    model = tiny()
+    found, wanted = both(model, Table(torch.randperm(VOCAB), looks=True), max_new_tokens=20, temperature=0.0)
+    assert torch.equal(found.sequences, wanted.sequences)
+    assert lines[0] == "steps run part by part: RuntimeError: item would wait for the host"
+    assert lines[1].startswith("captured a forward") and tape.captured == 1
+
+
+def test_what_needs_the_host_is_run_part_by_part(tape: Tape) -> None:
+    class Ban(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return scores.index_fill(1, input_ids[0, -3:], -torch.inf)
+
+    model = tiny()
+    draft = perturbed(model)
+    cases: list[tuple[Any, dict[str, Any]]] = [
+        (draft, {"logits_processor": [Ban()]}),
+        (ModelDrafter(draft, (2, 2), stopping=EntropyStop(3.0)), {}),
+        ("ngram", {}),
+    ]
+    for drafter, options in cases:
+        found, wanted = both(model, drafter, max_new_tokens=12, seed=3, **options)
+        assert torch.equal(found.sequences, wanted.sequences) and "step" not in found.stats.seconds
+
+
+def test_a_captured_step_does_not_keep_the_draft_alive(tape: Tape) -> None:
+    model = tiny()
+    draft = perturbed(model)
+    found, _ = both(model, draft, max_new_tokens=12)
+    assert tape.captured and "step" in found.stats.seconds
+    there = weakref.ref(draft)
+    del draft, found
+    gc.collect()
+    assert there() is None
