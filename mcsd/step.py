@@ -100,7 +100,7 @@ def captured_step(
 
     def run(small: torch.Tensor, seeds: torch.Tensor, *parameters: torch.Tensor) -> tuple[Stepped, Drafter]:
         again, forgetful = copy.copy(state), drafter.forgetful()
-        again.seeds, again.coins, again.sampling = seeds, None, _joined(numbers, parameters)
+        again.seeds, again.sampling = seeds, _joined(numbers, parameters)
         again.read(small)
         again.step = again.step_on_device  # type: ignore[assignment]
         # the graph has pointers into what the drafter holds

@@ -14,10 +14,11 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 import mcsd
 from mcsd import Drafter, ModelDrafter, Proposal, State
-from mcsd.drafters import EntropyStop
+from mcsd.drafters import EntropyStop, MergedDrafter, NgramDrafter
 from mcsd.drafters.base import Captures
 from mcsd.graphs import PADDING, fingerprint, prefix_bucket, row_bucket
 from mcsd.trees import StaticTree
+from mcsd_kernels import SamplingParams
 from tests.tape import Tape
 from tests.tiny import VOCAB, greedy, pad, perturbed, prompt, tiny
 
@@ -184,6 +185,38 @@ def test_drafts_in_turn_keep_their_steps(tape: Tape) -> None:
         found, wanted = both(model, draft, max_new_tokens=12, branching=(3,))
         assert torch.equal(found.sequences, wanted.sequences)
     assert tape.captured == 2
+
+
+def test_every_tree_rule_and_proposal_has_a_step_of_its_own(tape: Tape) -> None:
+    model = tiny()
+    draft = perturbed(model)
+    kinds: list[tuple[ModelDrafter, str]] = [
+        (ModelDrafter(draft, (3, 2)), "recursive"),
+        (ModelDrafter(draft, (3, 2)), "traversal"),
+        (ModelDrafter(draft, (3, 2), "with_replacement"), "recursive"),
+        (ModelDrafter(draft, (2, 2)), "recursive"),
+        (ModelDrafter(draft, (3, 2), sampling=SamplingParams(temperature=2.0)), "recursive"),
+    ]
+    for seed, (drafter, rule) in enumerate(2 * kinds):
+        found, wanted = both(model, drafter, max_new_tokens=20, rule=rule, seed=seed)
+        assert torch.equal(found.sequences, wanted.sequences)
+    assert tape.captured == len(kinds)
+
+
+def test_what_changes_from_step_to_step_is_not_captured(tape: Tape) -> None:
+    class Shrinking(ModelDrafter):
+        def propose(self, state: State) -> Proposal:
+            self.nodes = 4 - state.step % 3
+            return super().propose(state)
+
+    model = tiny()
+    draft = perturbed(model)
+    sizes = ModelDrafter(draft, (3,))
+    sizes.nodes = 3
+    merged = MergedDrafter([ModelDrafter(draft, (2, 2)), NgramDrafter()])
+    for drafter in (Shrinking(draft, (3,)), sizes, merged):
+        found, wanted = both(model, drafter, max_new_tokens=20, seed=3)
+        assert torch.equal(found.sequences, wanted.sequences) and "step" not in found.stats.seconds
 
 
 def test_graphs_do_not_heap_up(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
