@@ -13,7 +13,7 @@ from mcsd_kernels import SamplingParams, Verified, ancestor_bits, draw_uniforms,
 from mcsd_kernels.tree import node_depths
 
 from .drafters import Drafter, Proposal, State
-from .graphs import capturing, prefix_bucket
+from .graphs import prefix_bucket
 from .scoring import Scorer
 from .trees import LARGEST_TREE
 
@@ -70,7 +70,7 @@ def step(
     with phase("keep"):
         scorer.keep(state.prefix, verified.path, verified.length)
         drafter.keep(state, verified.path, verified.length)
-        at_hand = verified.path.is_cpu and tree.origin is None and not capturing()
+        at_hand = verified.path.is_cpu and tree.origin is None
         packed = None if at_hand else pack(verified, tree)
     return Stepped(tree, logits, verified, packed)
 

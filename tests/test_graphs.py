@@ -14,11 +14,13 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 import mcsd
 from mcsd import Drafter, ModelDrafter, Proposal, State
+from mcsd.decode import _read
 from mcsd.drafters import EntropyStop, MergedDrafter, NgramDrafter
 from mcsd.drafters.base import Captures
 from mcsd.graphs import PADDING, fingerprint, prefix_bucket, row_bucket
+from mcsd.step import Stepped, pack
 from mcsd.trees import StaticTree
-from mcsd_kernels import SamplingParams
+from mcsd_kernels import SamplingParams, Verified
 from tests.tape import Tape
 from tests.tiny import VOCAB, greedy, pad, perturbed, prompt, tiny
 
@@ -152,6 +154,27 @@ def test_a_captured_step_serves_every_text_and_temperature(rule: str, proposal: 
     assert captured <= 2 and tape.captured == captured + 2, "one for each kind of filter"
 
 
+def test_parameters_of_every_shape_and_type(tape: Tape) -> None:
+    model = tiny()
+    draft = perturbed(model)
+    parameters = [torch.tensor(1.5), torch.tensor([1, 2, 1]), torch.tensor([0.5, 1.0, 0.4]), torch.tensor(0.5)]
+    for temperature in parameters:
+        found, wanted = both(model, draft, max_new_tokens=12, temperature=temperature)
+        assert torch.equal(found.sequences, wanted.sequences)
+
+
+@pytest.mark.parametrize("per_request", [False, True])
+def test_an_answer_on_the_device_says_what_lists_say(per_request: bool) -> None:
+    tokens = torch.tensor([[7, 3, 4, 5, -1], [8, 3, -1, 5, 6], [9, -1, -1, -1, -1]])
+    parents = torch.tensor([-1, 0, 0, 1, 2], dtype=torch.int32)
+    tree = Proposal(tokens, parents.expand(3, -1) if per_request else parents, 2)
+    path = torch.tensor([[0, 1, 3], [0, -1, -1], [0, -1, -1]], dtype=torch.int32)
+    emitted = torch.tensor([[3, 5, 11], [12, -1, -1], [13, -1, -1]])
+    verified = Verified(path, torch.tensor([3, 1, 1]).int(), emitted, torch.tensor([0, 0, 4]).int())
+    lists = _read(Stepped(tree, torch.empty(0), verified, None))
+    assert pack(verified, tree).tolist() == lists == [[3, 0, 0, 3, 5, 11], [1, 0, 1, 12, -1, -1], [1, 4, 0, 13, -1, -1]]
+
+
 def test_a_captured_step_keeps_what_it_points_to(tape: Tape) -> None:
     # a draft that knows some tokens only: what maps its columns is made anew in each generation
     model = tiny()
@@ -206,15 +229,23 @@ def test_every_tree_rule_and_proposal_has_a_step_of_its_own(tape: Tape) -> None:
 def test_what_changes_from_step_to_step_is_not_captured(tape: Tape) -> None:
     class Shrinking(ModelDrafter):
         def propose(self, state: State) -> Proposal:
-            self.nodes = 4 - state.step % 3
-            return super().propose(state)
+            found = super().propose(state)
+            if state.step % 2:
+                found.tokens[:, -1] = -1
+            return found
+
+    class Passing(Plain):
+        def captures(self, state: State) -> Captures | None:
+            return self.drafter.captures(state)
 
     model = tiny()
     draft = perturbed(model)
     sizes = ModelDrafter(draft, (3,))
     sizes.nodes = 3
     merged = MergedDrafter([ModelDrafter(draft, (2, 2)), NgramDrafter()])
-    for drafter in (Shrinking(draft, (3,)), sizes, merged):
+    passing = Passing(ModelDrafter(draft, (3,)))
+    passing.drafter.alone = False
+    for drafter in (Shrinking(draft, (3,)), sizes, merged, passing):
         found, wanted = both(model, drafter, max_new_tokens=20, seed=3)
         assert torch.equal(found.sequences, wanted.sequences) and "step" not in found.stats.seconds
 

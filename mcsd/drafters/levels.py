@@ -209,7 +209,7 @@ class LevelDrafter(Drafter):
     def forgetful(self: _Some) -> _Some:
         """See `Drafter`."""
         other = copy.copy(self)
-        other._plans, other._drawn_from = {}, None
+        other._plans = {}
         return other
 
     def _knows(self, ids: torch.Tensor) -> None:
