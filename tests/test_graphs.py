@@ -18,6 +18,7 @@ from mcsd.decode import _read
 from mcsd.drafters import EntropyStop, MergedDrafter, NgramDrafter
 from mcsd.drafters.base import Captures
 from mcsd.graphs import PADDING, fingerprint, prefix_bucket, row_bucket
+from mcsd.scoring import _KEPT
 from mcsd.step import Stepped, pack
 from mcsd.trees import StaticTree
 from mcsd_kernels import SamplingParams, Verified
@@ -208,6 +209,21 @@ def test_drafts_in_turn_keep_their_steps(tape: Tape) -> None:
         found, wanted = both(model, draft, max_new_tokens=12, branching=(3,))
         assert torch.equal(found.sequences, wanted.sequences)
     assert tape.captured == 2
+
+
+def test_what_points_to_memory_that_moved_goes(tape: Tape) -> None:
+    model = tiny("mistral")  # whose layers begin to skip slots
+    found, wanted = both(model, perturbed(model), max_new_tokens=60, branching=(3,))
+    assert torch.equal(found.sequences, wanted.sequences)
+    ((_, _, steps),) = _KEPT[model].values()
+    assert len(steps) == 1 < tape.captured
+
+
+def test_a_step_over_a_large_tree_is_captured(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mcsd.scoring.LARGEST", 8)  # forwards over more nodes are not captured by themselves
+    model = tiny()
+    found, wanted = both(model, perturbed(model), max_new_tokens=12, branching=(3, 3))
+    assert torch.equal(found.sequences, wanted.sequences) and tape.captured == 1
 
 
 def test_every_tree_rule_and_proposal_has_a_step_of_its_own(tape: Tape) -> None:
