@@ -9,9 +9,9 @@ successor on one long cycle. Every side must write exactly that text, or it is n
 drafter that costs next to nothing, knows the successor of a given share of the tokens: that is the acceptance.
 
 transformers' `generate` gets its attention mask, a padding token that is no token of the text, and models whose
-`forward` is their own; forwards are timed by hooks, and replays of captured graphs by events around them. A side whose
-steps are captured whole has its forwards inside one graph, so its time outside the forwards is its wall time a step
-less what the same forwards take where only they are captured.
+`forward` is their own. Forwards are timed by hooks, and replays of captured graphs by events, in a turn of their own in
+which each is replayed twice and the second one is timed. A side whose steps are captured whole has its forwards inside
+one graph, so its time outside them is its wall time less what the same forwards take where only they are captured.
 """
 
 from __future__ import annotations
@@ -140,14 +140,19 @@ class Controlled(Drafter):
 
 
 class ForwardClock:
-    """Time inside a model's forwards, by hooks, and in replays; on a GPU, by events on its stream."""
+    """Time inside models' forwards, by hooks, and in replays; on a GPU, by events on its stream.
+
+    Args:
+        models: keep their hooks; graphs of a model with other hooks are other graphs.
+    """
 
     replays: ClassVar[list[tuple[Any, Any]]] = []
+    twice: ClassVar[bool] = False
+    """Run every replay a second time and time that one: it waits for the first, and not for the host to launch it."""
 
     def __init__(self, *models: PreTrainedModel) -> None:
         self.gpu = models[0].device.type == "cuda"
         self.marks: list[tuple[Any, Any]] = []
-        ForwardClock.replays = []
         self._hooks = [model.register_forward_pre_hook(self._enter) for model in models]
         self._hooks += [model.register_forward_hook(self._leave) for model in models]
 
@@ -169,22 +174,32 @@ class ForwardClock:
         """Whether nothing runs now, and an event would become a part of the graph."""
         return self.gpu and torch.cuda.is_current_stream_capturing()
 
-    def close(self) -> tuple[float, float]:
-        """Remove the hooks; returns the seconds in forwards and in replays."""
-        for hook in self._hooks:
-            hook.remove()
+    def start(self) -> None:
+        """Forget what was measured."""
+        self.marks, ForwardClock.replays = [], []
+
+    def seconds(self) -> float:
+        """In forwards and replays, since `start`."""
         if self.gpu:
             torch.cuda.synchronize()
-            forwards, replays = (sum(a.elapsed_time(b) for a, b in m) / 1e3 for m in (self.marks, self.replays))
-            return forwards, replays
-        return sum(b - a for a, b in self.marks), 0.0
+            return sum(a.elapsed_time(b) for a, b in self.marks + self.replays) / 1e3
+        return sum(b - a for a, b in self.marks)
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
 
     @classmethod
-    def capture(cls, function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+    def capture(
+        cls, function: Callable[[], Any], device: torch.device, pool: Any = None
+    ) -> tuple[Callable[[], None], Any]:
         """`mcsd.graphs.capture`, whose replays are timed."""
-        replay, outputs = _CAPTURE(function, device)
+        replay, outputs = _CAPTURE(function, device, pool)
 
         def timed() -> None:
+            if cls.twice:  # the first changes nothing that the second would not change
+                replay()
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             before.record()
             replay()
@@ -287,22 +302,25 @@ def compare(
         **{f"mcsd assistant {shape}": ours(ModelDrafter(assistant, shape, "point")) for shape in TREES},
     }
     seconds: dict[str, list[float]] = {side: [] for side in sides}
-    forwards: dict[str, list[float]] = {side: [] for side in sides}
+    forwards: dict[str, float] = {}
     details: dict[str, dict[str, Any]] = {}
-    for turn in range(options.rounds + 1):
+    clock = ForwardClock(target, assistant)
+    for turn in range(-3, options.rounds):
+        ForwardClock.twice = turn == -1  # two turns to warm up, and one for the forwards alone
         for side, run in sides.items():
-            clock = ForwardClock(target, assistant)
             synchronize(device)
+            clock.start()
             start = time.perf_counter()
             text, details[side] = run()
             synchronize(device)
             elapsed = time.perf_counter() - start
-            hooked, replayed = clock.close()
             if text[0].tolist() != wanted:
                 raise AssertionError(f"{side} did not write the text it must write; not timed")
-            if turn:  # the first one warms up
+            if turn == -1:
+                forwards[side] = clock.seconds()
+            elif turn >= 0:
                 seconds[side].append(elapsed)
-                forwards[side].append(hooked + replayed)
+    clock.close()
     plain = harness.spread(seconds["transformers greedy"])["median"]
     best = min(harness.spread(seconds[f"transformers assisted, {count} tokens"])["median"] for count in (3, 5))
     for side in sides:
@@ -327,7 +345,7 @@ def compare(
         if steps:
             row["microseconds_per_step"] = round(spread["median"] / steps * 1e6, 1)
         if steps and apart in sides:
-            outside = statistics.median(seconds[side]) - statistics.median(forwards[apart])
+            outside = statistics.median(seconds[side]) - forwards[apart]
             row["microseconds_outside_forwards_per_step"] = round(outside / steps * 1e6, 1)
         write(row, options.smoke)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
+from weakref import WeakValueDictionary
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -12,7 +14,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from mcsd_kernels import keep_path
 
 BLOCK = 256
-_SERIALS = itertools.count()
 REREAD = 64  # tokens at the end of a text that may be read again, and then see their own window
 
 
@@ -119,24 +120,26 @@ class _Store:
 
     def _make_room(self, prefix: Prefix, nodes: int, wanted: int, capacity: int, may_skip: bool) -> int:
         """Drop what is behind the window and, if that is not enough, grow by a quarter; returns the slots in use."""
-        before, room = self.skipped, self.room
+        before, skipped, room = self.skipped, self.skipped, self.room
         if self.window is not None and may_skip:
             needed = self.window + REREAD
-            self.skipped = [max(s, n - needed) for s, n in zip(before, prefix.on_host, strict=True)]
-            wanted = self._used(prefix) + nodes
+            skipped = [max(s, n - needed) for s, n in zip(before, prefix.on_host, strict=True)]
+            wanted = max(n - s for n, s in zip(prefix.on_host, skipped, strict=True)) + nodes
         if wanted + wanted // 8 > room:  # a move for the sake of a few slots would soon be followed by another
-            self.room = room_for(wanted, capacity)
-        keys, values = (old.new_zeros(*old.shape[:3], self.room, old.shape[4]) for old in (self.keys, self.values))
-        for request, (now, then) in enumerate(zip(self.skipped, before, strict=True)):
-            moved = slice(now - then, now - then + self.room)
+            room = room_for(wanted, capacity)
+        # where there is no memory for it, nothing has changed
+        keys, values = (old.new_zeros(*old.shape[:3], room, old.shape[4]) for old in (self.keys, self.values))
+        for request, (now, then) in enumerate(zip(skipped, before, strict=True)):
+            moved = slice(now - then, now - then + room)
             for old, new in ((self.keys[request], keys[request]), (self.values[request], values[request])):
                 part = old[:, :, moved]
                 new[:, :, : part.shape[2]] = part
+        self.skipped = skipped
         if self.room == room:
             self.keys.copy_(keys)
             self.values.copy_(values)
         else:
-            self.keys, self.values, self._rows = keys, values, None
+            self.keys, self.values, self.room, self._rows = keys, values, room, None
             self.version += 1
         self._skip_on_device()
         return wanted
@@ -168,7 +171,8 @@ class TreeCacheLayer(CacheLayerMixin):
 
     def __init__(self, cache: TreeCache, index: int) -> None:
         super().__init__()
-        self.cache, self.index = cache, index
+        # held weakly, or its memory would wait for the garbage collector
+        self.cache, self.index = cast(TreeCache, weakref.proxy(cache)), index
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Find this layer's place in the cache."""
@@ -206,6 +210,10 @@ class TreeCacheLayer(CacheLayerMixin):
         return self.cache.capacity
 
 
+_SERIALS = itertools.count()
+CACHES: WeakValueDictionary[int, TreeCache] = WeakValueDictionary()  # those that are still there, by serial
+
+
 class TreeCache(Cache):
     """Keys and values of a batch: each request's prefix in slots 0 to length - 1, the nodes of a tree after it.
 
@@ -224,6 +232,7 @@ class TreeCache(Cache):
         super().__init__(layers=[TreeCacheLayer(self, index) for index in range(len(windows))])
         self.windows, self.capacity = windows, capacity
         self.serial = next(_SERIALS)
+        CACHES[self.serial] = self
         self.may_skip = False  # whether the attention knows that a windowed layer's slots do not begin at 0
         self.longest = 0
         self.used = 0

@@ -10,12 +10,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .cache import CACHES
 
 LOG = logging.getLogger(__name__)
 LARGEST = 256  # rows; a forward over more of them is busy enough
 PADDING = 16  # rows added at most
 _PREFIX_BUCKET = 512
 _MOST = 64  # graphs over one cache
+_PATIENCE = 8  # refusals
 
 
 class Outputs(NamedTuple):
@@ -43,25 +48,91 @@ class Captured:
     replay: Callable[[], None]
     outputs: Any
 
-    def is_lost(self, memory: Memory) -> bool:
-        """Whether something it points to has moved since."""
-        now = dict(memory)
-        return any(now.get(cache, moved) != moved for cache, moved in self.memory)
+    @property
+    def is_lost(self) -> bool:
+        """Whether a cache that it points to has moved since, or is gone."""
+        caches = ((CACHES.get(serial), moved) for serial, moved in self.memory)
+        return any(cache is None or cache.version != moved for cache, moved in caches)
 
 
-def capture(function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
-    """Capture a function on its device, after two runs beside it that compile and allocate."""
+# of operators that wait for the device, or copy what it has, if they are given a tensor there
+_WAITING = frozenset(
+    {"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "argwhere", "masked_select"}
+    | {"bincount", "unique", "_unique", "_unique2", "unique_dim", "unique_consecutive"}
+)
+_INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"})
+
+
+class Rehearsal(TorchDispatchMode):
+    """Refuses, with its name, what waits for a device or copies between it and the host.
+
+    A capture that meets such an operator fails, and leaves the stream and the allocator in no good state.
+
+    Args:
+        device: where everything shall happen.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator, unless it is to be refused."""
+        name = operator._schema.name.removeprefix("aten::")
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        indices = [index for index in args[1] if index is not None] if name in _INDEXING else []
+        if any(map(self._is_there, tensors)) and (name in _WAITING or any(map(self._is_sent_for, indices))):
+            raise RuntimeError(f"{name} waits for the device")
+        found = operator(*args, **(kwargs or {}))
+        if name in ("to", "_to_copy", "copy_", "copy"):
+            source = args[1] if name.startswith("copy") else args[0]
+            if self._is_there(source) != self._is_there(found):
+                raise RuntimeError(f"{name} copies between the device and the host")
+        return found
+
+    def _is_there(self, tensor: torch.Tensor) -> bool:
+        return tensor.device.type == self.device.type
+
+    def _is_sent_for(self, index: torch.Tensor) -> bool:
+        """Whether an index is counted before it is used, or comes from the host."""
+        return index.dtype in (torch.bool, torch.uint8) or not self._is_there(index)
+
+
+_LOCK = threading.Lock()  # one capture at a time in a process
+
+
+def capture(function: Callable[[], Any], device: torch.device, pool: Any = None) -> tuple[Callable[[], None], Any]:
+    """Capture a function on its device, after two runs beside it that compile and allocate, the second a rehearsal.
+
+    Args:
+        function: what to capture; running it three times must do no harm.
+        device: a CUDA device.
+        pool: memory shared with other graphs, see `torch.cuda.graph_pool_handle`; None: the graph's own.
+
+    Returns:
+        what replays the graph, and the function's result, which a replay writes.
+
+    Raises:
+        RuntimeError: there is no CUDA device, or something in the function cannot be captured.
+    """
     if not torch.cuda.is_available():
         raise RuntimeError("there is no CUDA device")
-    with torch.cuda.device(device):
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            for _ in range(2):
+    with _LOCK, torch.cuda.device(device):
+        ours, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+        beside.wait_stream(ours)
+        try:
+            with torch.cuda.stream(beside):
                 function()
-        torch.cuda.current_stream().wait_stream(beside)
+                with Rehearsal(device):
+                    function()
+        finally:
+            ours.wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # a capture that fails leaves its own stream as the current one: the outer context puts that right
+        with (
+            torch.cuda.stream(ours),
+            torch.cuda.graph(graph, pool=pool, stream=beside, capture_error_mode="thread_local"),
+        ):
             outputs = function()
     return graph.replay, outputs
 
@@ -79,20 +150,33 @@ class Graphs:
 
     Args:
         otherwise: what happens where nothing can be captured, for the report.
-        report: gets a line for each capture, and the reason if there can be none; None: the log.
+        shared: let the graphs share their memory. A result must then have been read before another graph is replayed.
 
     Attributes:
-        reason: why nothing is captured; "" as long as it is.
+        report: gets a line for each capture, and the reasons where there can be none.
     """
 
-    def __init__(self, otherwise: str, report: Callable[[str], None] | None = None) -> None:
-        self.otherwise = otherwise
-        self.report = report or LOG.info
-        self.reason = ""
+    def __init__(self, otherwise: str, shared: bool = False) -> None:
+        self.otherwise, self.shared = otherwise, shared
+        self.report: Callable[[str], None] = LOG.info
         self._captured: dict[Hashable, Captured] = {}
+        self._refused: dict[Hashable, str] = {}
+        self._pool: Any = None
 
     def __len__(self) -> int:
         return len(self._captured)
+
+    def begin(self, report: Callable[[str], None]) -> None:
+        """A generation begins. What there was no memory for may be tried again; other refusals stay."""
+        self.report = report
+        self._refused = {key: reason for key, reason in self._refused.items() if "OutOfMemory" not in reason}
+        for reason in dict.fromkeys(self._refused.values()):
+            report(reason)
+
+    @property
+    def off(self) -> bool:
+        """Whether so much has been refused that nothing is tried any more."""
+        return len(self._refused) >= _PATIENCE
 
     def run(
         self,
@@ -102,48 +186,58 @@ class Graphs:
         inputs: Sequence[torch.Tensor],
         what: str,
     ) -> Any:
-        """A function of these inputs, replayed if it was captured.
+        """A function of these inputs, replayed, and captured when it first comes; inside another capture, it is run.
 
         Args:
             key: what the graph depends on besides the inputs' shapes and dtypes.
             memory: the caches that it points into.
             function: what to run; it may do nothing that depends on numbers on the host which `key` leaves out, and
-                running it twice must do no harm.
+                running it several times must do no harm.
             inputs: its arguments, tensors whose content changes from call to call.
             what: this is, for the report.
 
         Returns:
-            the function's result; a replay's lies where the one before it lay.
+            the function's result; a replay's lies where the one before it lay. None where it cannot be captured.
         """
-        if self.reason or capturing():
+        if capturing():
             return function(*inputs)
-        known = (*key, memory, *((tensor.shape, tensor.dtype) for tensor in inputs))
-        found = self._captured.pop(known, None)
+        known = (*key, *((tensor.shape, tensor.dtype) for tensor in inputs))
+        if self.off or known in self._refused:
+            return None
+        found = self._captured.pop((known, memory), None)
         if found is None:
-            found = self._capture(memory, function, inputs, what)
+            found = self._capture(known, memory, function, inputs, what)
             if found is None:
-                return function(*inputs)
-            # dropped here, for now none of them is being replayed
-            kept = [(key, one) for key, one in self._captured.items() if not one.is_lost(memory)]
-            self._captured = dict(kept[-(_MOST - 1) :])
-        self._captured[known] = found  # at the end, as the one that was in use last
+                return None
+        self._captured[known, memory] = found  # at the end, as the one that was in use last
         for held, tensor in zip(found.inputs, inputs, strict=True):
             held.copy_(tensor)
         found.replay()
         return found.outputs
 
     def _capture(
-        self, memory: Memory, function: Callable[..., Any], inputs: Sequence[torch.Tensor], what: str
+        self, known: Hashable, memory: Memory, function: Callable[..., Any], inputs: Sequence[torch.Tensor], what: str
     ) -> Captured | None:
-        """The graph; None, and the reason is known from then on, where there can be none."""
+        """The graph, in place of those that are lost, and of the one longest out of use if there are many; or None."""
         start = time.perf_counter()
+        device = inputs[0].device
+        kept = [(key, one) for key, one in self._captured.items() if not one.is_lost][-(_MOST - 1) :]
+        if len(kept) < len(self._captured) and device.type == "cuda":
+            torch.cuda.synchronize(device)  # one of the others may be under way
+        self._captured = dict(kept)
+        if self.shared and device.type == "cuda" and not kept:  # a pool ends with its last graph
+            self._pool = torch.cuda.graph_pool_handle()
         held = tuple(tensor.clone() for tensor in inputs)
         _under_way.yes = True
         try:
-            replay, outputs = capture(lambda: function(*held), held[0].device)
+            replay, outputs = capture(lambda: function(*held), device, self._pool)
         except Exception as error:  # whatever a model does that cannot be captured is the reason
-            self.reason = f"{self.otherwise}: {type(error).__name__}: {error}"
-            self.report(self.reason)
+            # the end of a capture that failed complains, too
+            cause = error.__context__ if "capture" in str(error) and error.__context__ else error
+            reason = f"{self.otherwise}: {type(cause).__name__}: {cause}"
+            if reason not in self._refused.values():
+                self.report(reason)
+            self._refused[known] = reason
             return None
         finally:
             _under_way.yes = False
@@ -152,15 +246,17 @@ class Graphs:
 
 
 def fingerprint(model: torch.nn.Module) -> int:
-    """What a captured forward has taken from the model for good: where its weights lie, and its modules' settings."""
-    weights = tuple(parameter.data_ptr() for parameter in model.parameters())
+    """What a captured forward has taken from the model for good: where its tensors lie, settings, and hooks."""
+    tensors = tuple(tensor.data_ptr() for some in (model.parameters(), model.buffers()) for tensor in some)
     settings = tuple(
         (id(module), name, repr(value))
         for module in model.modules()
         for name, value in vars(module).items()
         if isinstance(value, (bool, int, float, str, list, tuple))
+        or (isinstance(value, dict) and all(isinstance(one, (bool, int, float, str)) for one in value.values()))
     )
-    return hash((weights, settings))
+    hooks = tuple((*module._forward_pre_hooks, None, *module._forward_hooks) for module in model.modules())
+    return hash((tensors, settings, hooks))
 
 
 def row_bucket(rows: int) -> int:

@@ -122,10 +122,11 @@ class Scorer:
             self.cache, self.graphs, self.steps = kept or (
                 TreeCache(windows, capacity + PADDING),
                 Graphs("forwards run eagerly"),
-                Graphs("steps run part by part"),
+                Graphs("steps run part by part", shared=True),
             )
             self.cache.reset(capacity + PADDING)
-            self.graphs.report = self.steps.report = report or LOG.info
+            for graphs in (self.graphs, self.steps):
+                graphs.begin(report or LOG.info)
         self._own_cache = self.cache
         embedding = model.get_input_embeddings().weight
         self.device, self.vocab = embedding.device, embedding.shape[0]
@@ -133,7 +134,7 @@ class Scorer:
         self._last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._states = HiddenStates(model) if reads_hidden else None
         self.hidden: torch.Tensor | None = None  # of the last prompt or tree
-        self.begun, self._leader = False, leader or self
+        self.begun, self._leader = False, leader
         self._unread: torch.Tensor | None = None  # the end of a prompt that the first tree brings along
 
     @contextmanager
@@ -148,7 +149,8 @@ class Scorer:
     @property
     def ready(self) -> bool:
         """Whether forwards over trees depend on no number on the host, but for bounds, and may be captured."""
-        return self.graphs is not None and self.cache is self._own_cache and self._leader.begun
+        begun = self.begun if self._leader is None else self._leader.begun
+        return begun and self.graphs is not None and self.cache is self._own_cache
 
     @property
     def version(self) -> tuple[int, int]:
@@ -238,12 +240,13 @@ class Scorer:
         wanted: int,
     ) -> torch.Tensor:
         rows = tokens.shape[1]
-        few = rows <= LARGEST or capturing()
-        if self.graphs is not None and self.ready and few and (wanted == rows or rows <= 2):
-            outputs = self._replay(self.graphs, tokens, ancestors, depth, prefix, offset, wanted)
+        outputs = None
+        few = rows <= LARGEST and not (self.graphs is None or self.graphs.off)
+        if self.ready and (few or capturing()) and (wanted == rows or rows <= 2):
+            outputs = self._replay(tokens, ancestors, depth, prefix, offset, wanted)
         elif capturing():
             raise RuntimeError("a forward over a part of a text, whose place the host knows")
-        else:
+        if outputs is None:
             self.cache.place(prefix, offset, rows)
             same = prefix.longest if prefix.same else None
             near_the_end = prefix.longest + offset + rows > self.positions
@@ -253,15 +256,15 @@ class Scorer:
 
     def _replay(
         self,
-        graphs: Graphs,
         tokens: torch.Tensor,
         ancestors: torch.Tensor,
         depth: torch.Tensor,
         prefix: Prefix,
         offset: int,
         wanted: int,
-    ) -> Outputs:
-        """The forward with rows and prefixes rounded up, so that one graph serves many steps."""
+    ) -> Outputs | None:
+        """The forward with rows and prefixes rounded up, so that one graph serves many steps; None: there is none."""
+        assert self.graphs is not None
         batch, rows = tokens.shape
         padded = row_bucket(rows)
         words = 1 << (-(-(offset + padded) // 32) - 1).bit_length()
@@ -280,14 +283,14 @@ class Scorer:
 
         key = (batch, padded, offset, bound, kept)
         last = offset + padded - 1
-        outputs: Outputs = graphs.run(
+        outputs: Outputs | None = self.graphs.run(
             key,
             (self.version,),
             forward,
             (tokens, ancestors, depth, prefix.lengths),
             f"a forward: batch {batch}, rows {offset} to {last}, prefixes up to {bound}",
         )
-        if rows == padded:
+        if outputs is None or rows == padded:
             return outputs
         hidden = None if outputs.hidden is None else outputs.hidden[:, :rows]
         return Outputs(outputs.logits[:, :rows], hidden)

@@ -85,14 +85,15 @@ def captured_step(
 ) -> Stepped | None:
     """`step` as one CUDA graph, captured when a step first comes like this, and replayed.
 
-    What changes from step to step comes in by a few small tensors, so that a replay is two copies and one launch.
+    What changes from step to step comes in by a few small tensors, so that a replay is a few copies and one launch.
 
     Returns:
         as `step`, in memory that the next one writes to; None, and nothing was done, where a step cannot be replayed.
     """
-    if scorer.steps is None or scorer.steps.reason or not scorer.ready:
+    if scorer.steps is None or scorer.steps.off or not scorer.ready:
         return None
-    taken = drafter.captures(state)
+    # hidden states go from step to step, and are no input of the graph
+    taken = None if drafter.reads_hidden else drafter.captures(state)
     if taken is None:
         return None
     scorer.reserve(state.prefix, taken.nodes)
@@ -102,21 +103,21 @@ def captured_step(
         again, forgetful = copy.copy(state), drafter.forgetful()
         again.seeds, again.sampling = seeds, _joined(numbers, parameters)
         again.read(small)
+        again.shorter = again.shorter._replace(on_host=again.prefix.on_host)  # one bound for both
         again.step = again.step_on_device  # type: ignore[assignment]
         # the graph has pointers into what the drafter holds
         return step(forgetful, scorer, again, rule), forgetful
 
-    bounds = prefix_bucket(state.prefix.longest), prefix_bucket(state.shorter.longest)
-    found: Stepped
+    bound = prefix_bucket(state.prefix.longest)
     with phase("step"):
-        found, _ = scorer.steps.run(
-            (*bounds, rule, drafter.proposal, type(drafter), numbers, taken.key),
+        found: tuple[Stepped, Drafter] | None = scorer.steps.run(
+            (bound, rule, drafter.proposal, type(drafter), numbers, taken.key),
             (scorer.version, *taken.memory),
             run,
             (state.small, state.seeds, *tensors),
-            f"a step: batch {len(state.seeds)}, {taken.nodes} nodes, prefixes up to {bounds[0]}",
+            f"a step: batch {len(state.seeds)}, {taken.nodes} nodes, prefixes up to {bound}",
         )
-    return found
+    return found and found[0]
 
 
 def _split(sampling: SamplingParams) -> tuple[tuple[float | None, ...], list[torch.Tensor]]:

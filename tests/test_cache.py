@@ -352,3 +352,22 @@ def test_missing_candidates_disturb_nobody() -> None:
         holes = scorer.score(missing, shape.node_ancestors, shape.node_depth, [9])
     others = [0, 2, 5, 6]
     assert torch.allclose(full[0, others], holes[0, others], atol=1e-5)
+
+
+def test_a_cache_without_memory_to_grow_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mcsd.cache.BLOCK", 8)
+    scorer = Scorer(tiny("mistral"), 80)
+
+    def score(tokens: int, prefix: int) -> None:
+        scorer.score(torch.zeros(1, tokens, dtype=torch.int64), chain_bits(tokens), None, [prefix])
+
+    with torch.inference_mode(), scorer.attending():
+        score(10, 0)
+        stores = list(scorer.cache._stores.values())
+        before = [(store.room, store.skipped, store.version, store.keys.shape) for store in stores]
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "new_zeros", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+            with pytest.raises(torch.OutOfMemoryError):
+                score(30, 10)
+        assert before == [(store.room, store.skipped, store.version, store.keys.shape) for store in stores]
+        score(30, 10)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +16,11 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 import mcsd
 from mcsd import Drafter, ModelDrafter, Proposal, State
+from mcsd.cache import CACHES
 from mcsd.decode import _read
 from mcsd.drafters import EntropyStop, MergedDrafter, NgramDrafter
 from mcsd.drafters.base import Captures
-from mcsd.graphs import PADDING, fingerprint, prefix_bucket, row_bucket
+from mcsd.graphs import PADDING, Graphs, Rehearsal, capturing, fingerprint, prefix_bucket, row_bucket
 from mcsd.scoring import _KEPT
 from mcsd.step import Stepped, pack
 from mcsd.trees import StaticTree
@@ -80,7 +83,13 @@ def test_a_model_that_was_changed_is_captured_anew() -> None:
     seen.add(fingerprint(model))
     model.model.norm = copy.deepcopy(model.model.norm)
     seen.add(fingerprint(model))
-    assert len(seen) == 5
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.clone()
+    seen.add(fingerprint(model))
+    model.model.norm.scaling = {"default": 2.0}
+    seen.add(fingerprint(model))
+    model.model.norm.register_forward_hook(lambda module, arguments, output: 2 * output)
+    seen.add(fingerprint(model))
+    assert len(seen) == 8
 
 
 def test_what_cannot_be_captured_runs_as_always(capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,13 +202,14 @@ def test_a_captured_step_keeps_what_it_points_to(tape: Tape) -> None:
 
 def test_longer_texts_get_steps_of_their_own(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mcsd.graphs._PREFIX_BUCKET", 16)
+    monkeypatch.setattr("mcsd.cache.BLOCK", 256)
     model = tiny()
     lines: list[str] = []
     monkeypatch.setattr("mcsd.graphs.LOG.info", lines.append)
     found, wanted = both(model, perturbed(model), max_new_tokens=60, branching=(2,))
     assert torch.equal(found.sequences, wanted.sequences)
     assert lines[0].startswith("captured a step: batch 3, 3 nodes, prefixes up to 32, in ")
-    assert {line.split("up to ")[1].split(",")[0] for line in lines} == {"32", "64", "128"}
+    assert [line.split("up to ")[1].split(",")[0] for line in lines] == ["32", "64", "128"]
 
 
 def test_drafts_in_turn_keep_their_steps(tape: Tape) -> None:
@@ -217,6 +227,27 @@ def test_what_points_to_memory_that_moved_goes(tape: Tape) -> None:
     assert torch.equal(found.sequences, wanted.sequences)
     ((_, _, steps),) = _KEPT[model].values()
     assert len(steps) == 1 < tape.captured
+
+
+def test_what_points_to_a_draft_that_is_gone_goes(tape: Tape) -> None:
+    model = tiny()
+    for seed in range(4):
+        both(model, perturbed(model, seed=seed), max_new_tokens=12, branching=(3,))
+        gc.collect()
+    ((_, _, steps),) = _KEPT[model].values()
+    assert tape.captured == 4 and len(steps) == 1
+
+
+def test_caches_do_not_wait_for_the_garbage_collector() -> None:
+    model = tiny()
+    gc.disable()
+    try:
+        before = len(CACHES)
+        both(model, perturbed(model), max_new_tokens=4, branching=(3,))
+        # those of the generation with graphs stay with the models
+        assert len(CACHES) - before == 2
+    finally:
+        gc.enable()
 
 
 def test_a_step_over_a_large_tree_is_captured(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,8 +344,143 @@ def test_a_step_that_waits_for_the_host_is_not_captured(tape: Tape, monkeypatch:
     model = tiny()
     found, wanted = both(model, Table(torch.randperm(VOCAB), looks=True), max_new_tokens=20, temperature=0.0)
     assert torch.equal(found.sequences, wanted.sequences)
-    assert lines[0] == "steps run part by part: RuntimeError: item would wait for the host"
+    assert lines[0] == "steps run part by part: RuntimeError: item waits for the device"
     assert lines[1].startswith("captured a forward") and tape.captured == 1
+
+
+def test_one_drafter_that_is_refused_does_not_stop_another(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("mcsd.graphs.LOG.info", lines.append)
+    model = tiny()
+    draft, table = perturbed(model), torch.randperm(VOCAB)
+    for drafter in (Table(table, looks=True), draft, Table(table, looks=True)):
+        found, wanted = both(model, drafter, max_new_tokens=12, temperature=0.0)
+        assert torch.equal(found.sequences, wanted.sequences)
+    assert sum(line.startswith("captured a step") for line in lines) == 1
+    assert sum(line.startswith("steps run part by part") for line in lines) == 3, "once a generation"
+
+
+def test_what_there_was_no_memory_for_is_tried_again(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    model = tiny()
+    draft = perturbed(model)
+    with monkeypatch.context() as patch:
+        patch.setattr("mcsd.graphs.capture", fails)
+        found, wanted = both(model, draft, max_new_tokens=12)
+        assert torch.equal(found.sequences, wanted.sequences) and tape.captured == 0
+    found, wanted = both(model, draft, max_new_tokens=12)
+    assert torch.equal(found.sequences, wanted.sequences) and tape.captured == 1
+
+
+def test_after_many_refusals_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def fails(*_: Any) -> Any:
+        tried.append(1)
+        raise RuntimeError("not this one")
+
+    monkeypatch.setattr("mcsd.graphs.capture", fails)
+    graphs = Graphs("otherwise")
+    for key in 2 * [*range(12)]:
+        assert graphs.run((key,), (), lambda x: x, [torch.ones(1)], "it") is None
+    assert graphs.off and len(tried) == 8
+
+
+def test_a_rehearsal_refuses_what_a_capture_would_not_survive() -> None:
+    there = torch.device("meta")
+    far, near = torch.ones(4, 3, device=there), torch.ones(4, 3)
+    fine: list[Any] = [
+        lambda: near.sum().item(),
+        lambda: near[near > 0],
+        lambda: near[[0, 1]].to(torch.float64),
+        lambda: (far @ far.T).to(torch.float64).sum(),
+        lambda: far[torch.zeros(2, dtype=torch.int64, device=there)],
+        lambda: far.copy_(far + 1),
+    ]
+    waits: list[Any] = [
+        lambda: far.sum().item(),
+        lambda: bool(far.sum() > 0),
+        lambda: torch.equal(far, far),
+        lambda: far.nonzero(),
+        lambda: far[far > 0],
+        lambda: far.index_put_((torch.tensor([0, 1]),), far[:2]),
+        lambda: near.to(there),
+        lambda: far.copy_(near),
+    ]
+    with Rehearsal(there):
+        for call in fine:
+            call()
+    for call in waits:
+        with Rehearsal(there), pytest.raises(RuntimeError, match=r"waits for the device|the device and the host"):
+            call()
+
+
+class Device:
+    """Stands for what `capture` asks of CUDA; a capture that fails leaves its stream, as CUDA's does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current: Any = Stream("ours")
+        for name, stand_in in {
+            "is_available": lambda: True,
+            "device": lambda device: nullcontext(),
+            "current_stream": lambda: self.current,
+            "Stream": lambda: Stream("beside"),
+            "stream": self.stream,
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+            "graph": self.graph,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(self, graph: Any, *, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        except Exception:
+            raise RuntimeError("operation failed due to a previous error during capture") from None
+        self.current = before
+
+
+class Stream:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.waited: list[str] = []
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waited.append(other.name)
+
+
+@pytest.mark.parametrize("fails_at", [None, 0, 1, 2])
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(
+    fails_at: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(monkeypatch)
+    ours, calls = device.current, []
+
+    def function(_: torch.Tensor) -> int:
+        calls.append(device.current.name)
+        if len(calls) - 1 == fails_at:
+            raise ValueError("cannot")
+        return 7
+
+    told: list[str] = []
+    graphs = Graphs("otherwise")
+    graphs.begin(told.append)
+    result = graphs.run(("key",), (), function, [torch.ones(1)], "it")
+    assert result == (7 if fails_at is None else None) and set(calls) == {"beside"}
+    assert len(calls) == 3 if fails_at is None else len(calls) == fails_at + 1
+    assert device.current is ours and ours.waited == ["beside"] and not capturing()
+    assert told[0].startswith("captured it" if fails_at is None else "otherwise: ValueError: cannot")
 
 
 def test_what_needs_the_host_is_run_part_by_part(tape: Tape) -> None:

@@ -282,10 +282,39 @@ def captured_loop(context: Context) -> Iterator[Row]:
         faults += [line for line in told if not line.startswith("captured")]
         if not any(line.startswith("captured a step") for line in told):
             faults.append("no step was captured")
+        faults += _failing_capture(context.device.device)
     yield verdict("loop", faults, steps=steps, accepted=accepted, captures=len(told))
 
 
 LOOPS = ((2,), (3, 2), (1, 1, 1))
+
+
+def _failing_capture(device: torch.device) -> list[str]:
+    """What is wrong after a function that reads on the host was refused, and after a capture that failed."""
+    from mcsd import graphs
+
+    counter = iter(range(9))
+
+    def reads() -> int:
+        return int(torch.ones(3, device=device).sum())
+
+    def reads_when_captured() -> torch.Tensor:
+        some = torch.ones(3, device=device)
+        return some * some.sum().item() if next(counter) == 2 else some
+
+    faults, stream = [], torch.cuda.current_stream(device)
+    for function in (reads, reads_when_captured):
+        try:
+            graphs.capture(function, device)
+            faults.append(f"{function.__name__} was captured")
+        except Exception as error:
+            if function is reads and "waits for the device" not in str(error):
+                faults.append(f"reads: {error}")
+        if torch.cuda.current_stream(device) != stream:
+            faults.append(f"{function.__name__} leaves another stream")
+        if float(torch.randn(9, device=device).square().sum()) <= 0.0:
+            faults.append(f"{function.__name__} leaves a device that does not compute")
+    return faults
 
 
 # ---- what must not matter

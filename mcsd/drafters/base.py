@@ -182,9 +182,10 @@ class Drafter(ABC):
         """Whether the next step may be captured as a CUDA graph and replayed from then on, in other generations too.
 
         A replay repeats what the device did and runs no line of the drafter. So only a drafter may answer whose
-        `propose` and `keep` look at nothing that changes from step to step but the tensors in `State` (never its lists
-        and numbers), leave nothing behind on the host, and do no harm when they are called twice. What they need room
-        for must be there when this returns.
+        `propose` and `keep` look at nothing that changes from step to step but `State`'s `small`, `prefix.lengths`,
+        `shorter.lengths`, `tail`, `seeds`, `step_on_device` and tensors in `sampling`, leave nothing behind on the
+        host, and do no harm when they are called several times. What they need room for must be there when this
+        returns. A drafter with `reads_hidden` is not asked.
 
         Returns:
             what such a graph depends on; None: the step is run as it comes, as by default.
@@ -194,13 +195,14 @@ class Drafter(ABC):
     def forgetful(self: _Some) -> _Some:
         """A copy for a step that is being captured: it shares models and caches, and knows nothing of the requests.
 
-        It is kept as long as the graph, with the tensors that the graph reads.
+        It is kept as long as the graph, with the tensors that the graph reads, and the graph as long as the target: it
+        must not hold the target itself.
         """
         return copy.copy(self)
 
 
 class Adapter(Drafter):
-    """Any object with `propose`, and perhaps what else a `Drafter` has, as a `Drafter`.
+    """Any object with `propose`, and perhaps `begin`, `keep` and `end`, as a `Drafter`.
 
     Args:
         inner: the object.
