@@ -266,11 +266,14 @@ class Scorer:
         """The forward with rows and prefixes rounded up, so that one graph serves many steps; None: there is none."""
         assert self.graphs is not None
         batch, rows = tokens.shape
-        padded = row_bucket(rows)
-        words = 1 << (-(-(offset + padded) // 32) - 1).bit_length()
-        more = (0, padded - rows)
-        tokens, depth = F.pad(tokens, more), F.pad(depth.expand(batch, rows), more)
-        ancestors = F.pad(ancestors[..., :words], (0, max(words - ancestors.shape[-1], 0), *more))
+        depth = depth.expand(batch, rows)
+        padded = rows
+        if not capturing():  # whose tree is what it is
+            padded = row_bucket(rows)
+            words = 1 << (-(-(offset + padded) // 32) - 1).bit_length()
+            more = (0, padded - rows)
+            tokens, depth = F.pad(tokens, more), F.pad(depth, more)
+            ancestors = F.pad(ancestors[..., :words], (0, max(words - ancestors.shape[-1], 0), *more))
         bound = prefix_bucket(prefix.longest)
         kept = padded if wanted == rows else wanted
         self.cache.place(prefix, offset, padded, bound)

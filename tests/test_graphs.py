@@ -138,6 +138,12 @@ def test_captured_steps_are_replayed(name: str, tape: Tape) -> None:
     assert 1 <= tape.captured < tape.replayed
 
 
+def test_captured_steps_with_dense_masks(tape: Tape) -> None:
+    model = tiny()
+    found, wanted = both(model, perturbed(model), max_new_tokens=12, seed=4, attention="dense")
+    assert torch.equal(found.sequences, wanted.sequences) and tape.captured == 1
+
+
 @pytest.mark.parametrize("rule", ["recursive", "traversal"])
 @pytest.mark.parametrize("proposal", ["without_replacement", "with_replacement", "greedy", "point"])
 def test_a_captured_step_serves_every_text_and_temperature(rule: str, proposal: str, tape: Tape) -> None:

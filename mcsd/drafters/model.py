@@ -83,7 +83,10 @@ class ModelDrafter(LevelDrafter):
         self._scorer.keep(state.prefix, slots, (slots >= 0).sum(1, dtype=torch.int32))
 
     def captures(self, state: State) -> Captures | None:
-        """From the second step on, unless what it does depends on more than the text: see `Drafter`."""
+        """From the second step on, unless what it does depends on more than the text: see `Drafter`.
+
+        `_read_up_to` falls behind while steps are replayed; only a drafter that is not alone looks at it.
+        """
         as_it_is = type(self) is ModelDrafter and self.alone and self.nodes is None and self.stopping is None
         if not as_it_is or not self._scorer.ready:
             return None
