@@ -87,9 +87,11 @@ def test_a_model_that_was_changed_is_captured_anew() -> None:
     seen.add(fingerprint(model))
     model.model.norm.scaling = {"default": 2.0}
     seen.add(fingerprint(model))
-    model.model.norm.register_forward_hook(lambda module, arguments, output: 2 * output)
-    seen.add(fingerprint(model))
-    assert len(seen) == 8
+    for factor in (2, 3):
+        hook = model.model.norm.register_forward_hook(lambda module, arguments, output: factor * output)  # noqa: B023
+        seen.add(fingerprint(model))
+        hook.remove()
+    assert len(seen) == 9
 
 
 def test_what_cannot_be_captured_runs_as_always(capsys: pytest.CaptureFixture[str]) -> None:
@@ -389,7 +391,7 @@ def test_after_many_refusals_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("mcsd.graphs.capture", fails)
     graphs = Graphs("otherwise")
-    for key in 2 * [*range(12)]:
+    for key in [key for key in range(12) for _ in range(2)]:
         assert graphs.run((key,), (), lambda x: x, [torch.ones(1)], "it") is None
     assert graphs.off and len(tried) == 8
 
@@ -464,6 +466,16 @@ class Stream:
 
     def wait_stream(self, other: Stream) -> None:
         self.waited.append(other.name)
+
+
+def test_what_waits_for_the_device_is_refused_before_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+    ours, calls, told = device.current, [], []
+    graphs = Graphs("otherwise")
+    graphs.begin(told.append)
+    assert graphs.run(("key",), (), lambda x: calls.append(x.sum().item()), [torch.ones(1)], "it") is None
+    assert len(calls) == 1 and told == ["otherwise: RuntimeError: _local_scalar_dense waits for the device"]
+    assert device.current is ours and ours.waited == ["beside"]
 
 
 @pytest.mark.parametrize("fails_at", [None, 0, 1, 2])
