@@ -300,7 +300,9 @@ def test_what_changes_from_step_to_step_is_not_captured(tape: Tape) -> None:
     merged = MergedDrafter([ModelDrafter(draft, (2, 2)), NgramDrafter()])
     passing = Passing(ModelDrafter(draft, (3,)))
     passing.drafter.alone = False
-    for drafter in (Shrinking(draft, (3,)), sizes, merged, passing):
+    hidden = Table(torch.randperm(VOCAB))
+    hidden.reads_hidden = True
+    for drafter in (Shrinking(draft, (3,)), sizes, merged, passing, hidden):
         found, wanted = both(model, drafter, max_new_tokens=20, seed=3)
         assert torch.equal(found.sequences, wanted.sequences) and "step" not in found.stats.seconds
 
