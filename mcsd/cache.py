@@ -85,7 +85,7 @@ class _Store:
 
         With a `bound` on the prefixes the slots in use follow from that, and where the nodes go from `aim`.
         """
-        used = self._used(prefix) + offset + count
+        used = self._used(prefix, self.skipped) + offset + count
         if bound is not None and self.window is None:
             used = min(bound + offset + count, capacity)
         if used > self.room:
@@ -115,8 +115,9 @@ class _Store:
             self._rows = self.keys[:, :layers].flatten(1, 2), self.values[:, :layers].flatten(1, 2)
         return self._rows
 
-    def _used(self, prefix: Prefix) -> int:
-        return max(length - skip for length, skip in zip(prefix.on_host, self.skipped, strict=True))
+    @staticmethod
+    def _used(prefix: Prefix, skipped: list[int]) -> int:
+        return max(length - skip for length, skip in zip(prefix.on_host, skipped, strict=True))
 
     def _make_room(self, prefix: Prefix, nodes: int, wanted: int, capacity: int, may_skip: bool) -> int:
         """Drop what is behind the window and, if that is not enough, grow by a quarter; returns the slots in use."""
@@ -124,7 +125,7 @@ class _Store:
         if self.window is not None and may_skip:
             needed = self.window + REREAD
             skipped = [max(s, n - needed) for s, n in zip(before, prefix.on_host, strict=True)]
-            wanted = max(n - s for n, s in zip(prefix.on_host, skipped, strict=True)) + nodes
+            wanted = self._used(prefix, skipped) + nodes
         if wanted + wanted // 8 > room:  # a move for the sake of a few slots would soon be followed by another
             room = room_for(wanted, capacity)
         # where there is no memory for it, nothing has changed

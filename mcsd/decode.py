@@ -171,6 +171,7 @@ def generate(
         scorer=scorer,
     )
     output = _Output(input_ids, max_new_tokens, ends, streamer, pad_token_id, target)
+    process = partial(_process, processors, output) if processors else None
     stats = Stats(status=[0] * batch)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
@@ -186,11 +187,8 @@ def generate(
                 state.hidden = scorer.hidden
                 drafter.begin(state)
             while any(state.active):
-                found = None
-                if graphs and not processors:
-                    found = captured_step(drafter, scorer, state, rule, phase=stats.phase)
+                found = None if process else captured_step(drafter, scorer, state, rule, phase=stats.phase)
                 if found is None:
-                    process = partial(_process, processors, output) if processors else None
                     found = step(drafter, scorer, state, rule, process=process, phase=stats.phase)
                 with stats.phase("other"):
                     if observer is not None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from mcsd_kernels import SamplingParams, Verified, ancestor_bits, draw_uniforms, verify
+from mcsd_kernels import Verified, ancestor_bits, draw_uniforms, verify
 from mcsd_kernels.tree import node_depths
 
 from .drafters import Drafter, Proposal, State
@@ -56,7 +57,6 @@ def step(
         rule: see `mcsd_kernels.verify`.
         process: what makes other logits of the target's, given the tree.
         phase: a context for each of the four parts, by name.
-
     """
     with phase("draft"):
         tree = drafter.propose(state)
@@ -97,11 +97,13 @@ def captured_step(
     if taken is None:
         return None
     scorer.reserve(state.prefix, taken.nodes)
-    numbers, tensors = _split(state.sampling)
+    parameters = vars(state.sampling)
+    tensors = {name: value for name, value in parameters.items() if isinstance(value, torch.Tensor)}
+    numbers = tuple((name, value) for name, value in parameters.items() if name not in tensors)
 
-    def run(small: torch.Tensor, seeds: torch.Tensor, *parameters: torch.Tensor) -> tuple[Stepped, Drafter]:
+    def run(small: torch.Tensor, seeds: torch.Tensor, *held: torch.Tensor) -> tuple[Stepped, Drafter]:
         again, forgetful = copy.copy(state), drafter.forgetful()
-        again.seeds, again.sampling = seeds, _joined(numbers, parameters)
+        again.seeds, again.sampling = seeds, replace(state.sampling, **dict(zip(tensors, held, strict=True)))
         again.read(small)
         again.shorter = again.shorter._replace(on_host=again.prefix.on_host)  # one bound for both
         again.step = again.step_on_device  # type: ignore[assignment]
@@ -114,23 +116,10 @@ def captured_step(
             (bound, rule, drafter.proposal, type(drafter), numbers, taken.key),
             (scorer.version, *taken.memory),
             run,
-            (state.small, state.seeds, *tensors),
+            (state.small, state.seeds, *tensors.values()),
             f"a step: batch {len(state.seeds)}, {taken.nodes} nodes, prefixes up to {bound}",
         )
     return found and found[0]
-
-
-def _split(sampling: SamplingParams) -> tuple[tuple[float | None, ...], list[torch.Tensor]]:
-    """Four numbers, None where there is a tensor, and the tensors."""
-    fields = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-    tensors = [field for field in fields if isinstance(field, torch.Tensor)]
-    return tuple(None if isinstance(field, torch.Tensor) else field for field in fields), tensors
-
-
-def _joined(numbers: tuple[float | None, ...], tensors: tuple[torch.Tensor, ...]) -> SamplingParams:
-    """What `_split` took apart."""
-    rest = iter(tensors)
-    return SamplingParams(*(next(rest) if number is None else number for number in numbers))
 
 
 def _score(scorer: Scorer, state: State, tree: Proposal) -> torch.Tensor:

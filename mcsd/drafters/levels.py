@@ -208,7 +208,7 @@ class LevelDrafter(Drafter):
 
     def forgetful(self: _Some) -> _Some:
         """See `Drafter`."""
-        other = copy.copy(self)
+        other = super().forgetful()
         other._plans = {}
         return other
 
