@@ -9,6 +9,9 @@ BENCH_ARGS ?=
 # The CPU build of torch leaves the version open; a GPU build has brought its own by the time this is looked at.
 TRITON = triton==3.9.0; sys_platform == 'linux' and platform_machine == 'x86_64'
 
+# The oldest one allowed, as GPU builds of torch have it: beside the other, to see that every kernel compiles.
+OLDEST_TRITON = triton==3.6.0; sys_platform == 'linux' and platform_machine == 'x86_64'
+
 VENV = .venv
 BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
@@ -21,11 +24,11 @@ INTERPRETER_TESTS = tests/test_triton_*.py
 override PROMPT := $(value PROMPT)
 export PROMPT
 
-.PHONY: help demo test test-main test-interpreter lint format bench report lossless robustness clean distclean
+.PHONY: help demo test test-main test-interpreter test-oldest-triton lint format bench report lossless robustness clean distclean
 
 help:
 	@echo 'make demo PROMPT="..."  generate text, with plain decoding beside it'
-	@echo 'make test               the test suite, in two processes: test-main, test-interpreter'
+	@echo 'make test               the test suite, in three parts: test-main, test-interpreter, test-oldest-triton'
 	@echo 'make lint               ruff and mypy'
 	@echo 'make format             let ruff rewrite the sources'
 	@echo 'make bench              every benchmark that this machine can run; BENCH_ARGS=--list says how long'
@@ -37,9 +40,9 @@ help:
 demo: $(VENV)/.run
 	@HF_HUB_OFFLINE=1 $(BIN)/mcsd generate --compare -- "$$PROMPT"
 
-test: test-main test-interpreter
+test: test-main test-interpreter test-oldest-triton
 
-# Triton decides when it is first imported whether it compiles or interprets: hence two processes.
+# Triton decides when it is first imported whether it compiles or interprets: hence processes of their own.
 test-main: $(VENV)/.develop
 	unset TRITON_INTERPRET; $(PYTEST) --ignore-glob='$(INTERPRETER_TESTS)'
 
@@ -51,6 +54,9 @@ test-interpreter: $(VENV)/.develop
 	else \
 	    echo 'no interpreter tests: $(INTERPRETER_TESTS)'; \
 	fi
+
+test-oldest-triton: $(VENV)/.oldest-triton
+	unset TRITON_INTERPRET; PYTHONPATH=$(VENV)/oldest-triton $(PYTEST) tests/test_compile_*.py -k resources
 
 lint: $(VENV)/.develop
 	$(BIN)/ruff check .
@@ -88,6 +94,10 @@ $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/pip
 $(VENV)/.develop: $(VENV)/.run
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP_INSTALL) "$(TRITON)"
 	$(PIP_INSTALL) -e '.[test,lint]'
+	@touch $@
+
+$(VENV)/.oldest-triton: $(VENV)/.develop
+	$(PIP_INSTALL) --no-deps --target $(VENV)/oldest-triton "$(OLDEST_TRITON)"
 	@touch $@
 
 clean:

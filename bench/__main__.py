@@ -38,7 +38,6 @@ class Benchmark:
         minutes: about how long, on two cores; on a GPU machine for those that need one.
         threads: of torch; None: all.
         gpu: whether it needs one.
-        resumes: whether it leaves out what has a row.
     """
 
     command: str
@@ -46,7 +45,6 @@ class Benchmark:
     minutes: float
     threads: int | None = 1
     gpu: bool = False
-    resumes: bool = True
 
 
 END_TO_END = (
@@ -79,7 +77,6 @@ BENCHMARKS = {
         f"{ATTENTION} 20 --model Qwen3-0.6B --nodes 1 --nodes 16 --nodes 64 --prefix 512 --prefix 4096 --batch 1",
         f"{ATTENTION} 2 --model Qwen3-0.6B --nodes 1 --prefix 512 --batch 1",
         2,
-        resumes=False,
     ),
     "shapes": Benchmark(
         "bench/shapes.py --output OUT/shapes.jsonl --minutes MINUTES",
@@ -93,10 +90,17 @@ BENCHMARKS = {
         15,
         None,
     ),
-    "gpu": Benchmark("-m bench.gpu all", "-m bench.gpu all --smoke", 23, None, gpu=True),
-    "attention_gpu": Benchmark("bench/attention.py", None, 10, None, gpu=True, resumes=False),
-    "loop_gpu": Benchmark("bench/loop.py", "bench/loop.py --smoke", 10, None, gpu=True, resumes=False),
-    "verify_scaling_gpu": Benchmark("bench/verify_scaling.py --device cuda", None, 10, None, gpu=True),
+    "gpu": Benchmark(
+        "-m bench.gpu all --budget checks=150 --budget laws=45 --budget sanitizer=55 --budget verify=190"
+        " --budget candidates=70",
+        "-m bench.gpu all --smoke",
+        10,
+        None,
+        gpu=True,
+    ),
+    "attention_gpu": Benchmark("bench/attention.py --budget 360", None, 8, None, gpu=True),
+    "loop_gpu": Benchmark("bench/loop.py --budget 270", "bench/loop.py --smoke", 7, None, gpu=True),
+    "verify_scaling_gpu": Benchmark("bench/verify_scaling.py --device cuda --batch 1", None, 2, None, gpu=True),
 }
 
 

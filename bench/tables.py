@@ -407,19 +407,22 @@ def loop_gpu(rows: list[Row]) -> Table | None:
     rows = newest((row for row in rows if row.get("target") != "smoke"), *keys)
     if not rows:
         return None
-    body = [
-        [
-            row["target"],
-            f"{row['acceptance']:g}",
-            row["side"],
-            f"{row['tokens_per_second']:.0f}",
-            times(row["over_greedy"]),
-            times(row["over_assisted"]),
-        ]
-        for row in rows
-    ]
+    body = []
+    for row in rows:
+        outside, share = row.get("microseconds_outside_forwards_per_step"), row.get("outside_over_target_forward")
+        body.append(
+            [
+                row["target"],
+                f"{row['acceptance']:g}",
+                row["side"],
+                f"{row['tokens_per_second']:.0f}",
+                *("–" if row[name] is None else times(row[name]) for name in ("over_greedy", "over_assisted")),
+                ("–" if outside is None else f"{outside:,.0f} us") + ("" if share is None else f", {share:.1%}"),
+            ]
+        )
     head = ["target's shape", "acceptance", "side", "tokens a second", "over greedy", "over assisted"]
-    return Table(head, body, rows)
+    head += ["a step's time outside the forwards"]
+    return Table(head, body, rows, "Times outside the forwards beside that of one forward of the target over the tree.")
 
 
 TABLES: dict[str, tuple[str, Callable[[list[Row]], Table | None]]] = {

@@ -153,12 +153,12 @@ class Graphs:
         shared: let the graphs share their memory. A result must then have been read before another graph is replayed.
 
     Attributes:
-        report: gets a line for each capture, and the reasons where there can be none.
+        report: gets a line for each capture, and the reasons where there can be none; None: the log gets them.
     """
 
     def __init__(self, otherwise: str, shared: bool = False) -> None:
         self.otherwise, self.shared = otherwise, shared
-        self.report: Callable[[str], None] = LOG.info
+        self.report: Callable[[str], None] | None = None
         self._captured: dict[Hashable, Captured] = {}
         self._refused: dict[Hashable, str] = {}
         self._pool: Any = None
@@ -166,12 +166,12 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._captured)
 
-    def begin(self, report: Callable[[str], None]) -> None:
+    def begin(self, report: Callable[[str], None] | None) -> None:
         """A generation begins. What there was no memory for may be tried again; other refusals stay."""
         self.report = report
         self._refused = {key: reason for key, reason in self._refused.items() if "OutOfMemory" not in reason}
         for reason in dict.fromkeys(self._refused.values()):
-            report(reason)
+            (report or LOG.warning)(reason)
 
     @property
     def off(self) -> bool:
@@ -236,12 +236,12 @@ class Graphs:
             cause = error.__context__ if "capture" in str(error) and error.__context__ else error
             reason = f"{self.otherwise}: {type(cause).__name__}: {cause}"
             if reason not in self._refused.values():
-                self.report(reason)
+                (self.report or LOG.warning)(reason)
             self._refused[known] = reason
             return None
         finally:
             _under_way.yes = False
-        self.report(f"captured {what}, in {time.perf_counter() - start:.2f} s")
+        (self.report or LOG.info)(f"captured {what}, in {time.perf_counter() - start:.2f} s")
         return Captured(memory, held, replay, outputs)
 
 

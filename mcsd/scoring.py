@@ -20,7 +20,7 @@ from transformers.cache_utils import (
 
 from .attention import TreeStep, takes_tree_attention, tree_attention_in
 from .cache import Prefix, TreeCache
-from .graphs import LARGEST, LOG, PADDING, Graphs, Outputs, capturing, fingerprint, prefix_bucket, row_bucket
+from .graphs import LARGEST, PADDING, Graphs, Outputs, capturing, fingerprint, prefix_bucket, row_bucket
 from .hidden import HiddenStates, why_not
 from .trees import after_chain, chain_bits, chain_depths
 
@@ -126,7 +126,7 @@ class Scorer:
             )
             self.cache.reset(capacity + PADDING)
             for graphs in (self.graphs, self.steps):
-                graphs.begin(report or LOG.info)
+                graphs.begin(report)
         self._own_cache = self.cache
         embedding = model.get_input_embeddings().weight
         self.device, self.vocab = embedding.device, embedding.shape[0]

@@ -585,14 +585,6 @@ def _power_to_small(weight):
 
 
 @triton.jit
-def lifted(row, factor):
-    """The row with its law multiplied by a power of two."""
-    pointers, kind, numbers = row
-    scale, cutoff, top, inverse, only = numbers
-    return pointers, kind, (scale, cutoff, top, inverse * factor, only)
-
-
-@triton.jit
 def mass_outside(
     row,  # tuple
     statistics_ptr,  # [2, blocks of the row] f32; not read of a row that came as a law or has columns
@@ -616,7 +608,9 @@ def mass_outside(
         mass = total_of(strike_out(masses, row, no_row, 0.0, tokens_ptr, count, VOCAB, BLOCKS))
         if mass < SMALL_MASS:
             factor = lift(row, statistics_ptr, tokens_ptr, count, VOCAB, BLOCKS)
-            rest = lifted(row, factor)
+            scale, cutoff, top, inverse, only = row[2]
+            # written out: a function that returns a tuple with None in it does not compile before Triton 3.7
+            rest = (row[0], kind, (scale, cutoff, top, inverse * factor, only))
             masses = law_masses(rest, statistics_ptr, VOCAB, BLOCKS)
             mass = total_of(strike_out(masses, rest, no_row, 0.0, tokens_ptr, count, VOCAB, BLOCKS)) / factor
     else:

@@ -1363,7 +1363,7 @@ def verify(
     """
     batch, nodes = tokens.shape
     vocab, width, device = target_logits.shape[-1], max_depth + 1, target_logits.device
-    columns = vocab if draft_logits is None else draft_logits.shape[-1]
+    columns = 0 if draft_logits is None else draft_logits.shape[-1]
     for name, size in (("target_logits", vocab), ("draft_logits", columns)):
         if size > LARGEST_VOCAB:
             raise ValueError(f"{name}: expected a vocabulary of at most {LARGEST_VOCAB} tokens, got {size}")
@@ -1425,7 +1425,7 @@ def verify(
     }
     scratch = {"records_ptr": records, "statistics_ptr": statistics, "masses_ptr": masses, "frames_ptr": frames}
     rows = {"TILE": launch.tile_blocks, **row_options(launch.num_warps)}
-    padded = {"BLOCKS": triton.next_power_of_2(blocks), "DRAFT_BLOCKS": triton.next_power_of_2(draft_blocks)}
+    padded = {"BLOCKS": triton.next_power_of_2(blocks), "DRAFT_BLOCKS": triton.next_power_of_2(max(draft_blocks, 1))}
     answer = {
         "tokens_ptr": tokens,
         "uniforms_ptr": uniforms,
@@ -1452,8 +1452,7 @@ def verify(
         draft_row_count=0 if draft_logits is None else draft_logits.shape[0],
         WAVES=split and proposal != "point",
         BLOCK=min(64, triton.next_power_of_2(nodes + 2)),
-        num_warps=8,
-        enable_fp_fusion=False,
+        **row_options(8),
         **common,
         **program,
         **laws,

@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 pytest.importorskip("triton")
 
-from triton_compile import assert_as_committed, compile_only, fake, resources
+from triton_compile import TARGETS_HERE, assert_as_committed, compile_only, fake, resources
 
 from mcsd_kernels import _verify_triton as kernels
 from mcsd_kernels import verify
@@ -56,12 +56,9 @@ def call(
     )  # fmt: skip
 
 
-# On every target the two that need most registers; on one of them the other proposals, rules and kinds of rows.
 CALLS: dict[str, Callable[[], None]] = {
     "walk, traversal, greedy": lambda: call("traversal", "greedy", batch=256),
     "split, traversal, without replacement": lambda: call("traversal", "without_replacement"),
-}
-OTHER_CALLS: dict[str, Callable[[], None]] = {
     "walk, recursive, without replacement, rows, f32, odd": lambda: call(
         "recursive", "without_replacement", batch=256, rows=True, vocab=151_669, dtype=torch.float32
     ),
@@ -79,14 +76,13 @@ OTHER_CALLS: dict[str, Callable[[], None]] = {
         "traversal", "without_replacement", extras=True
     ),
 }
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-ON = [(target, name) for target in TARGETS for name in CALLS] + [("sm_90", name) for name in OTHER_CALLS]
 
 
-@pytest.mark.parametrize(("target", "name"), ON)
+@pytest.mark.parametrize("target", TARGETS_HERE)
+@pytest.mark.parametrize("name", CALLS)
 def test_resources(target: str, name: str) -> None:
     with compile_only(target) as compiled:
-        (CALLS | OTHER_CALLS)[name]()
+        CALLS[name]()
     # one kernel for every wave: a launch with another number compiles nothing new
     assert_as_committed(target, f"verify, {name}", {found.name: found for found in map(resources, compiled)}.values())
 

@@ -94,16 +94,43 @@ def test_a_model_that_was_changed_is_captured_anew() -> None:
     assert len(seen) == 9
 
 
-def test_what_cannot_be_captured_runs_as_always(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("progress", [True, False])
+def test_what_cannot_be_captured_runs_as_always(
+    progress: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     llama = tiny()
     ids, mask = pad(PROMPTS)
     wanted = greedy(llama, ids, mask, NEW)
     found = mcsd.generate(
-        llama, perturbed(llama), ids, mask, max_new_tokens=NEW, temperature=0.0, graphs=True, progress=True
+        llama, perturbed(llama), ids, mask, max_new_tokens=NEW, temperature=0.0, graphs=True, progress=progress
     )
     assert torch.equal(found.sequences, wanted)
-    if not torch.cuda.is_available():
-        assert "forwards run eagerly: RuntimeError: there is no CUDA device" in capsys.readouterr().err
+    told, logged = capsys.readouterr().err, caplog.text
+    reason = "forwards run eagerly: RuntimeError: there is no CUDA device"
+    assert reason in (told if progress else logged) and reason not in (logged if progress else told)
+
+
+def test_trees_of_one_bucket_share_a_captured_forward(tape: Tape) -> None:
+    """A tree that changes from step to step, as long as its padded size does not."""
+
+    class Changing(Drafter):
+        proposal = "point"
+
+        def propose(self, state: State) -> Proposal:
+            nodes = 6 + state.step % 3
+            parents = torch.tensor([-1, 0, 0, 1, 1, 2, 3, 4][:nodes])
+            children = torch.arange(1, nodes).expand(len(state.sequences), -1)
+            return Proposal(torch.cat([state.tail[:, -1:], children], 1), parents, depth=3)
+
+    assert {row_bucket(nodes) for nodes in (6, 7, 8)} == {8}
+    model = tiny()
+    ids, mask = pad(PROMPTS)
+    found = mcsd.generate(model, Changing(), ids, mask, max_new_tokens=20, temperature=0.0, graphs=True)
+    assert torch.equal(found.sequences, greedy(model, ids, mask, 20))
+    moves = tape.captured
+    again = mcsd.generate(model, Changing(), ids, mask, max_new_tokens=20, temperature=0.0, graphs=True)
+    assert torch.equal(again.sequences, found.sequences) and tape.captured == moves and tape.replayed > 12
 
 
 @pytest.mark.parametrize(("rows", "padded"), [(1, 1), (2, 2), (3, 4), (13, 16), (16, 16), (17, 32), (29, 32), (33, 48)])
@@ -351,6 +378,7 @@ def test_a_drafter_may_offer_its_steps(tape: Tape) -> None:
 def test_a_step_that_waits_for_the_host_is_not_captured(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     monkeypatch.setattr("mcsd.graphs.LOG.info", lines.append)
+    monkeypatch.setattr("mcsd.graphs.LOG.warning", lines.append)
     model = tiny()
     found, wanted = both(model, Table(torch.randperm(VOCAB), looks=True), max_new_tokens=20, temperature=0.0)
     assert torch.equal(found.sequences, wanted.sequences)
@@ -361,6 +389,7 @@ def test_a_step_that_waits_for_the_host_is_not_captured(tape: Tape, monkeypatch:
 def test_one_drafter_that_is_refused_does_not_stop_another(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     monkeypatch.setattr("mcsd.graphs.LOG.info", lines.append)
+    monkeypatch.setattr("mcsd.graphs.LOG.warning", lines.append)
     model = tiny()
     draft, table = perturbed(model), torch.randperm(VOCAB)
     for drafter in (Table(table, looks=True), draft, Table(table, looks=True)):

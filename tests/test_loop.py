@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,11 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import harness
+import loop
 import pytest
+import tables
 import torch
 from transformers import PreTrainedModel
 
 import mcsd
+from bench.__main__ import BENCHMARKS
 from mcsd import Drafter, ModelDrafter, Proposal, State
 from mcsd.scoring import Scorer, UnsupportedModelError
 from mcsd.step import coins_of, step
@@ -230,13 +235,83 @@ def test_the_benchmark_of_the_loop_runs(tmp_path: Path) -> None:
     script = Path(__file__).parent.parent / "bench" / "loop.py"
     root = str(script.parent.parent)
     environment = {**os.environ, "OUT": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    subprocess.run([sys.executable, str(script), "--smoke"], check=True, env=environment, capture_output=True)
-    rows = [json.loads(line) for line in (tmp_path / "loop_gpu.jsonl").read_text().splitlines()]
-    assert [row["side"].split()[0] for row in rows] == ["transformers"] * 3 + ["mcsd"] * 7
+    environment.pop("MCSD_BENCH_AGAIN", None)
+
+    def run(*options: str) -> tuple[list[dict[str, Any]], str]:
+        command = [sys.executable, str(script), "--smoke", *options]
+        done = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+        return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+    rows, _ = run()
+    assert rows == [json.loads(line) for line in (tmp_path / "loop_gpu.jsonl").read_text().splitlines()]
+    assert [row["side"].split()[0] for row in rows] == ["transformers"] * 3 + ["mcsd"] * 10
     for row in rows[3:]:
-        assert row["tokens_per_call"] > 1.0 and row["microseconds_per_step"] > 0
-    apart = [row["side"] for row in rows if "microseconds_outside_forwards_per_step" in row]
-    assert len(apart) == 5 and all("controlled" in side for side in apart)
+        assert row["tokens_per_call"] >= 1.0 and row["microseconds_per_step"] > 0
+        assert "microseconds_outside_forwards_per_step" in row and row["microseconds_of_a_one_token_forward"] > 0
+    rows, said = run("--acceptance=0.6", "--acceptance=0.8", "--budget=0")
+    assert not rows and "1 of 2 groups have rows" in said and "left out after 0 s: smoke, acceptance 0.8" in said
+
+
+def test_the_benchmark_of_the_loop_tells_forwards_from_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tape in the place of graphs: what is replayed, twice in one turn, and whose forwards count."""
+    monkeypatch.setattr(loop, "_CAPTURE", Tape(monkeypatch))
+    monkeypatch.setattr("mcsd.graphs.capture", loop.ForwardClock.capture)
+    monkeypatch.setattr(loop.ForwardClock, "timing", False)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setenv("MCSD_BENCH_RECORD", "1")
+    device = torch.device("cpu")
+    cycle = loop.Cycle(loop.SHAPES["smoke"][-1], device)
+    table = cycle.known(0.6)
+    target, assistant = (
+        loop.model_of(shape, follows, device, torch.float32)
+        for shape, follows in (("smoke", cycle.follows), ("smoke-assistant", table))
+    )
+    group = {"target": "smoke", "acceptance": 0.6, "prompt": 12, "new_tokens": 12}
+    assert loop.compare(group, target, assistant, table, cycle, 2, math.inf) == 0
+    rows = {row["side"]: row for row in harness.read(tmp_path / "loop_gpu.jsonl")}
+    for shape in loop.TREES:
+        for name, forwards in (("controlled", 1), ("assistant", 4)):
+            whole, parts = rows[f"mcsd {name} {shape}"], rows[f"mcsd {name} {shape}, forwards captured"]
+            assert whole["replays"] == whole["steps"] - 1
+            assert parts["replays"] == forwards * whole["replays"]
+            inside = parts["microseconds_in_forwards_per_step"]
+            assert whole["microseconds_in_forwards_per_step"] == inside and "microseconds_in_replay_per_step" in whole
+            outside = whole["microseconds_outside_forwards_per_step"]
+            assert outside == pytest.approx(whole["microseconds_per_step"] - inside, abs=0.2)
+            forward = whole["microseconds_of_a_target_forward"]
+            assert whole["outside_over_target_forward"] == pytest.approx(outside / forward, abs=1e-3)
+    assert rows[loop.ONE_TOKEN]["replays"] == 11 and rows["mcsd controlled (4, 2, 2), eager"]["replays"] == 0
+
+
+def test_the_benchmark_of_the_loop_says_which_targets_are_met() -> None:
+    row = {"target": "llama-3-8b", "acceptance": 0.6, "side": "mcsd assistant (4, 2, 2)", "over_greedy": 2.3}
+    row |= {"over_assisted": 1.4, "microseconds_outside_forwards_per_step": 140.0, "outside_over_target_forward": 0.035}
+    row |= {"microseconds_in_replay_per_step": 5000.0}
+    found = loop.targets(row)
+    assert list(found.values()) == [False, True, True, False]
+    assert list(loop.targets(row | {"acceptance": 0.8}).values()) == [False, True]
+    assert loop.targets(row | {"target": "smoke"}) == {}
+    lines = loop.verdicts([row | {"targets": found}, {"side": "of an older row"}])
+    assert lines[0].startswith(
+        "MISSED: llama-3-8b, acceptance 0.6, mcsd assistant (4, 2, 2): <= 3 % of a target forward"
+    )
+    assert lines[1].startswith("met: ") and lines[1].endswith(": 140.0") and len(lines) == 4
+
+
+def test_the_table_of_the_loop_takes_rows_without_a_step() -> None:
+    row = {"target": "llama-3-8b", "acceptance": 0.6, "side": "s", "tokens_per_second": 99.6, "over_greedy": 2.3}
+    full = {"microseconds_outside_forwards_per_step": 140.4, "outside_over_target_forward": 0.0312}
+    table = tables.loop_gpu([row | {"over_assisted": 1.4} | full, row | {"side": "t", "over_assisted": None}])
+    assert table is not None and len(table.head) == 7
+    assert [line[3:] for line in table.body] == [
+        ["100", "2.3 ×", "1.4 ×", "140 us, 3.1%"],
+        ["100", "2.3 ×", "–", "–"],
+    ]
+
+
+def test_benchmarks_of_a_gpu_fit_the_time_for_which_one_is_lent() -> None:
+    minutes = [one.minutes for one in BENCHMARKS.values() if one.gpu]
+    assert max(minutes) <= 10 and sum(minutes) <= 28
 
 
 def test_a_drafter_that_is_not_alone_reads_whatever_is_new() -> None:

@@ -184,26 +184,33 @@ def unordered_releases(kernel: Any) -> list[str]:
 # What every kernel needed when somebody last looked: Triton's version -> target -> call -> kernel -> entry.
 TABLE = Path(__file__).with_name("kernel_resources.json")
 UPDATE = "UPDATE_KERNEL_RESOURCES"
+# Versions before the one that the tests are run with are looked at for one target: does everything compile?
+TARGETS_HERE = tuple(TARGETS) if triton.__version__ >= "3.9" else ("sm_90",)
+
+
+def entry(kernel: Resources) -> str:
+    """A kernel's line in `TABLE`."""
+    spilled = f", {kernel.spills} bytes spilled" if kernel.spills else ""
+    return f"{kernel.registers} registers, {kernel.shared} bytes shared{spilled}"
 
 
 def assert_as_committed(target: str, call: str, kernels: Iterable[Resources]) -> None:
-    """Fail if a kernel spills, has too much shared memory, or needs other resources than `TABLE` says.
+    """Fail if a kernel has too much shared memory, or needs other resources than `TABLE` says.
 
     With the environment variable `UPDATE` set, write the table instead of comparing with it.
     """
-    found = {}
-    for kernel in kernels:
-        assert kernel.spills == 0, kernel
+    found = {kernel.name: kernel for kernel in kernels}
+    for kernel in found.values():
         assert kernel.shared <= SHARED_LIMITS[target], kernel
-        found[kernel.name] = f"{kernel.registers} registers, {kernel.shared} bytes shared"
-    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    entries = {name: entry(kernel) for name, kernel in found.items()}
+    table = json.loads(TABLE.read_text())
     if os.environ.get(UPDATE) == "1":
-        table.setdefault(triton.__version__, {}).setdefault(target, {})[call] = found
+        table.setdefault(triton.__version__, {}).setdefault(target, {})[call] = entries
         TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
         return
     if triton.__version__ not in table:
         pytest.skip(
-            f"{TABLE.name} knows no Triton {triton.__version__}: {UPDATE}=1 python -m pytest tests/test_compile_*"
+            f"{TABLE.name} knows no Triton {triton.__version__}: {UPDATE}=1 python -m pytest tests/test_compile_*.py"
         )
     wanted = table[triton.__version__].get(target, {}).get(call)
-    assert found == wanted, f"another version of a kernel: look at the difference, then set {UPDATE}=1 and run again"
+    assert entries == wanted, f"another version of a kernel: look at the difference, then set {UPDATE}=1 and run again"
