@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -49,8 +50,10 @@ def choice(name: str, value: Any, options: Sequence[str | None]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
 
 
-def whole(name: str, value: Any, low: int, high: int | None = None) -> None:
-    """Raise unless `value` is an int in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """`value` as an int; raise unless it is a whole number in [low, high], of whatever integer type."""
+    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    if number is None or number < low or (high is not None and number > high):
         bounds = f">= {low}" if high is None else f"in [{low}, {high}]"
         raise ValueError(f"{name}: expected a whole number {bounds}, got {value!r}")
+    return number

@@ -66,9 +66,9 @@ _REPEATED = tl.constexpr(-2)
 _LINKS = tl.constexpr(9)
 _FIRST, _COUNT, _PLACE, _WAVE, _ANCESTOR, _NODE, _CANDIDATE, _TRIED, _DRAWN = (tl.constexpr(i) for i in range(9))
 
-# [batch, nodes, 2, 8] f64, target and then draft: a row's numbers; its status bits; and of a draft row under "greedy",
-# 1 / (mass outside the most probable siblings), 0 where nothing is left or none was drawn. A row that came as a law has
-# no numbers.
+# [batch, nodes, sides, 8] f64, target and then draft: a row's numbers; its status bits; and of a draft row under
+# "greedy", 1 / (mass outside the most probable siblings), 0 where nothing is left or none was drawn. A row that came as
+# a law has no numbers.
 _RECORD = tl.constexpr(8)
 _BITS, _INVERSE_MASS = tl.constexpr(5), tl.constexpr(6)
 
@@ -750,7 +750,7 @@ def _records_kernel(
     draft,  # the same; of no use without HAS_DRAFT
     parents_ptr,  # [nodes] or [batch, nodes] i32 or i64
     links_ptr,  # [batch, 9, nodes] i32
-    records_ptr,  # out: [batch, nodes, 2, 8] f64
+    records_ptr,  # out: [batch, nodes, sides, 8] f64
     statistics_ptr,  # in, out: [batch, nodes, 2 blocks + 2 draft blocks] f32; out: of what the filters keep
     status_ptr,  # [batch] i32
     parents_stride_batch,
@@ -775,7 +775,7 @@ def _records_kernel(
     if _is_idle(target, parents_ptr + request.to(tl.int64) * parents_stride_batch, status_ptr, request, node, nodes):
         return
     row = (request * nodes + node).to(tl.int64)
-    record_ptr = records_ptr + (row * 2 + tl.program_id(1)) * _RECORD
+    record_ptr = records_ptr + (row * tl.num_programs(1) + tl.program_id(1)) * _RECORD
     statistics_ptr += row * 2 * (blocks + draft_blocks)
     if tl.program_id(1) == 0:
         _measure(
@@ -993,9 +993,9 @@ def _walk_kernel(
     parents_ptr,  # [nodes] or [batch, nodes] i32 or i64
     uniforms_ptr,  # [batch, nodes + 2] f32
     links_ptr,  # in, out: [batch, 9, nodes] i32
-    records_ptr,  # [batch, nodes, 2, 8] f64; SPLIT: in, else scratch; so are the next two
+    records_ptr,  # [batch, nodes, sides, 8] f64; SPLIT: in, else scratch; so are the next two
     statistics_ptr,  # [batch, nodes, 2 blocks + 2 draft blocks] f32
-    masses_ptr,  # [batch, nodes, blocks] i64
+    masses_ptr,  # [batch, nodes, blocks] i64; without a draft there are none
     frames_ptr,  # scratch: [batch, nodes, 8] f64
     path_ptr,  # out: [batch, width] i32
     length_ptr,  # out: [batch] i32
@@ -1043,7 +1043,8 @@ def _walk_kernel(
     parents_ptr += request.to(tl.int64) * parents_stride_batch
     uniforms_ptr += request.to(tl.int64) * (nodes + 2)
     links_ptr += request.to(tl.int64) * _LINKS * nodes
-    records_ptr += request.to(tl.int64) * nodes * 2 * _RECORD
+    sides: tl.constexpr = 2 if COLUMNS else 1
+    records_ptr += request.to(tl.int64) * nodes * sides * _RECORD
     statistics_ptr += request.to(tl.int64) * nodes * row_statistics
     masses_ptr += request.to(tl.int64) * nodes * blocks
     frames_ptr += request.to(tl.int64) * nodes * _FRAME
@@ -1060,7 +1061,7 @@ def _walk_kernel(
         if POINTS and PROPOSAL == "greedy":
             turns += ((count > 0) & (drawn == 0)).to(tl.int32)  # the first one without a child
         candidates_ptr = links_ptr + nodes * _CANDIDATE + first
-        record_ptr = records_ptr + node * 2 * _RECORD
+        record_ptr = records_ptr + node * sides * _RECORD
         p_statistics_ptr = statistics_ptr + node * row_statistics
         q_statistics_ptr = p_statistics_ptr + blocks * 2
         p_pointers = _pointers(target, request, node, nodes)
@@ -1381,10 +1382,11 @@ def verify(
 
     blocks, draft_blocks = blocks_of(vocab), blocks_of(columns)
     links = new(batch, _LINKS.value, nodes, dtype=torch.int32)
-    records = new(batch, nodes, 2, _RECORD.value, dtype=torch.float64)
+    sides = 1 if draft_logits is None else 2
+    records = new(batch, nodes, sides, _RECORD.value, dtype=torch.float64)
     # laws that are handed over leave whole numbers of 64 bits there
     statistics = new(batch, nodes, 2 * blocks + 2 * draft_blocks, dtype=torch.float32)
-    masses = new(batch, nodes, blocks, dtype=torch.int64)
+    masses = new(batch, nodes if sides == 2 else 0, blocks, dtype=torch.int64)
     frames = new(batch, nodes, _FRAME.value, dtype=torch.float64)
     path, length = new(batch, width, dtype=torch.int32), new(batch, dtype=torch.int32)
     emitted, status = new(batch, width, dtype=torch.int64), new(batch, dtype=torch.int32)
@@ -1461,7 +1463,6 @@ def verify(
     if split:
         count, chunks = batch * nodes, triton.cdiv(blocks, launch.chunk_blocks)
         longest = max(chunks, triton.cdiv(draft_blocks, launch.chunk_blocks))
-        sides = 1 if draft_logits is None else 2
         chunk = {"CHUNK": launch.chunk_blocks, **rows}
         _statistics_kernel[(count, longest, sides)](
             statistics_ptr=statistics, PROPOSAL=proposal, **common, **chosen, **laws, **chunk

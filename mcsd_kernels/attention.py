@@ -87,7 +87,7 @@ def tree_attention(
         },
     )
     if window is not None:
-        check.whole("window", window, 1)
+        window = check.whole("window", window, 1)
     if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
         raise ValueError(f"scale: expected a finite number or None, got {scale!r}")
     if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < math.inf):

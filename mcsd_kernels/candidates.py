@@ -61,14 +61,13 @@ def draw_candidates(
     if vocab == 0:
         raise ValueError("draft_logits: expected a vocabulary of at least one token, got 0")
     check.contiguous_last_axis("draft_logits", draft_logits)
-    check.whole("k", k, 1)
+    k = check.whole("k", k, 1)
     check.tensor("seeds", seeds, (rows,), (torch.int64,))
-    step_tensor = check_step(step, seeds)
+    step_number, step_tensor = check_step(step, seeds)
     if nodes is not None:
         check.tensor("nodes", nodes, (rows,), check.INTEGERS)
     check.same_device("draft_logits", draft_logits, {"seeds": seeds, "nodes": nodes})
     numbers, tensors = pack("sampling", sampling, rows, draft_logits.device)
-    step_number = 0 if isinstance(step, torch.Tensor) else step
     chosen = choose(backend, draft_logits.device)
     return _OPERATOR(draft_logits, k, seeds, step_number, step_tensor, proposal, numbers, tensors, nodes, chosen)
 

@@ -47,20 +47,19 @@ def draw_uniforms(
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     check.tensor("seeds", seeds, (None,), (torch.int64,))
-    check.whole("count", count, 0)
-    step_tensor = check_step(step, seeds)
+    count = check.whole("count", count, 0)
+    number, tensor = check_step(step, seeds)
     chosen = choose(backend, seeds.device)
-    return _OPERATOR(seeds, 0 if step_tensor is not None else step, step_tensor, count, chosen)
+    return _OPERATOR(seeds, number, tensor, count, chosen)
 
 
-def check_step(step: int | torch.Tensor, seeds: torch.Tensor) -> torch.Tensor | None:
-    """Check `step`; returns it if it is a tensor."""
+def check_step(step: int | torch.Tensor, seeds: torch.Tensor) -> tuple[int, torch.Tensor | None]:
+    """Check `step`; returns it as an operator takes it: a number, and a tensor that wins over it."""
     if not isinstance(step, torch.Tensor):
-        check.whole("step", step, 0, _WORD)
-        return None
+        return check.whole("step", step, 0, _WORD), None
     check.tensor("step", step, tuple(seeds.shape) if step.dim() else (), check.INTEGERS)
     check.same_device("seeds", seeds, {"step": step})
-    return step
+    return 0, step
 
 
 def philox(counter: list[torch.Tensor], key: list[torch.Tensor]) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 
@@ -40,9 +41,12 @@ class SamplingParams:
             value = getattr(self, name)
             if isinstance(value, torch.Tensor):
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, Real):
                 raise ValueError(f"{name}: expected a number or a [batch] tensor, got {value!r}")
-            inside = (low < value if open_low else low <= value) and value <= high and math.isfinite(value)
+            if not isinstance(value, (int, float)):  # NumPy's, say
+                value = int(value) if isinstance(value, Integral) else float(value)
+                object.__setattr__(self, name, value)
+            inside = (low < value if open_low else low <= value) and value <= high and value != math.inf
             if not inside:
                 end = f"{high})" if math.isinf(high) else f"{high}]"
                 raise ValueError(f"{name}: expected a value in {'(' if open_low else '['}{low}, {end}, got {value!r}")

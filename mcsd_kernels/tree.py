@@ -72,7 +72,7 @@ def tree_attention_mask(
     if parents.dim() == 2 and parents.shape[0] != prefix_lengths.shape[0]:
         raise ValueError(f"prefix_lengths: expected [{parents.shape[0]}], got {list(prefix_lengths.shape)}")
     check.same_device("parents", parents, {"prefix_lengths": prefix_lengths})
-    check.whole("total", total, parents.shape[-1])
+    total = check.whole("total", total, parents.shape[-1])
     mask: torch.Tensor = _TREE_ATTENTION_MASK(parents, prefix_lengths, total, choose(backend, parents.device))
     return mask
 

@@ -148,7 +148,7 @@ def verify(
         draft_numbers, draft_tensors = pack("draft_sampling", draft_sampling, batch, target_logits.device)
     if max_depth is None:
         max_depth = nodes - 1
-    check.whole("max_depth", max_depth, 0)
+    max_depth = check.whole("max_depth", max_depth, 0)
     check.choice("backend", backend, (None, *BACKENDS))
 
     if group is not None:
