@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import triton
 from conftest import PValue
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mcsd_kernels
 from bench.gpu import __main__ as gpu
 from bench.gpu import agreement, device, floor, inputs, laws, plan, rivals, rows, sanitizer, summary, units, verify
-from mcsd_kernels import SamplingParams, Verified, draw_candidates, draw_uniforms, reference
+from mcsd.integrations.flashinfer import chain_speculative_sampling
+from mcsd_kernels import SamplingParams, Verified, _verify_triton, draw_candidates, draw_uniforms, reference
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,6 +47,8 @@ def test_smoke(tmp_path: Path) -> None:
         assert {row["status"] for row in found} <= {"ok", "skipped"}, part
     timed = [row for row in rows.read(rows.path_of(folder, "verify")) if row["status"] == "ok"]
     assert {len(row["launches"]) for row in timed} == {2}
+    assert all(row["scratch_bytes"] > 0 and row["scratch_bytes"] % 512 == 0 for row in timed)
+    assert all(row["traffic_bytes"] > 0 for row in timed)
     assert not any(row["rivals_without_times"] for row in timed)
     assert {"textbook", "compiled textbook", "torch softmax"} <= set(timed[0]["rivals"])
     assert sorted((ROOT / "bench" / "results").iterdir()) == before and not (tmp_path / "not-here").exists()
@@ -88,8 +95,10 @@ def test_trees_and_cases() -> None:
     cases = list(plan.verify_cases())
     assert len({case.unit for case in cases}) == len(cases)
     assert [(case.batch, case.nodes, case.vocab) for case in cases[:3]] == [(b, 64, 128_256) for b in (1, 64, 256)]
-    matrix = {(case.batch, case.tree, case.vocab) for case in cases if case.rivals == ("preparation",)}
+    matrix = {(case.batch, case.tree, case.vocab) for case in cases if case.rivals == ("preparation", "textbook")}
     assert matrix == {(b, tree, v) for b in plan.BATCHES for tree in plan.TREES for v in plan.VOCABULARIES}
+    compiled = [case for case in cases if "compiled textbook" in case.rivals]
+    assert len(compiled) == 9 and {case.vocab for case in compiled} == {128_256}
     names = [case.unit for case in plan.row_cases()]
     assert len(set(names)) == len(names)
 
@@ -103,6 +112,83 @@ def test_visited_rows() -> None:
     assert floor.visited_rows(path, length, parents, 1) == (6, 3)
     assert floor.microseconds(8e6, 4e12) == pytest.approx(2.0)
     assert floor.verify_bytes(3, 2, 1000, 2, batch=1, nodes=5) == 5 * 2000 + 5 * 12 + 7 * 4 + 8
+
+
+@pytest.mark.parametrize(
+    ("rule", "proposal", "waves", "swept"),
+    [
+        pytest.param("recursive", "without_replacement", 6, 6, id="every-candidate"),
+        pytest.param("recursive", "without_replacement", 1, 3, id="first-candidates"),
+        pytest.param("traversal", "without_replacement", 2, 5, id="waves-from-the-root"),
+        pytest.param("recursive", "greedy", 1, 3, id="the-drawn-child-of-each-node"),
+        pytest.param("traversal", "greedy", 1, 2, id="not-below-a-most-probable-one"),
+        pytest.param("recursive", "point", 0, 0, id="none"),
+    ],
+)
+def test_sweeps(rule: str, proposal: str, waves: int, swept: int) -> None:
+    """A root of two children, which have two each."""
+    assert floor.sweeps([-1, 0, 0, 1, 1, 2, 2], rule, proposal, waves) == swept
+
+
+def test_traffic() -> None:
+    """Of each kernel that is launched; under "walk" the rows on the way, under "split" all rows and their sweeps."""
+    case, width, rows_there = plan.Case(2, (2, 1), 40), 3, 2 * (5 + 3)
+    logits = torch.zeros(2, 5, 40, dtype=torch.bfloat16)
+    made = inputs.Inputs(logits, logits, plan.Tree(case.tree), case.rule, case.proposal, {}, torch.zeros(5))
+    small = _verify_triton.prepare_bytes(2, 5, width)
+    walk = _verify_triton.walk_bytes(7, 2, width, 40, 2)
+    assert verify._traffic_bytes(case, made, ["_prepare_kernel", "_walk_kernel"], 7) == small + walk
+    split = [
+        "_prepare_kernel",
+        "_statistics_kernel",
+        "_records_kernel",
+        "_sweep_kernel",
+        "_sweep_kernel",
+        "_walk_kernel",
+    ]
+    assert verify._traffic_bytes(case, made, split, 7) == small + sum(
+        (
+            _verify_triton.statistics_bytes(rows_there, 40, 2),
+            _verify_triton.records_bytes(rows_there, 40),
+            _verify_triton.sweep_bytes(2 * 4, 40, 2),
+            _verify_triton.walk_bytes(0, 2, width, 40, 2),
+        )
+    )
+
+
+@pytest.mark.parametrize("proposal", ["without_replacement", "point"])
+@pytest.mark.parametrize("vocab", [32_000, 128_256])
+@pytest.mark.parametrize("tree", [plan.CHAIN, plan.SMALL, plan.NODES_64, plan.NODES_256], ids=str)
+def test_scratch(tree: tuple[int, ...], vocab: int, proposal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `verify` allocates and does not return is at most 1 % of its logits; tensors without data, no launch."""
+    monkeypatch.setattr(triton.KernelInterface, "__getitem__", lambda kernel, grid: lambda **arguments: None)
+    shape, nodes = plan.Tree(tree), len(plan.Tree(tree).parents)
+    numbers: tuple[Any, ...] = ([1.0, 50.0, 0.9, 0.0], [None] * 4)
+    for batch in (1, 64, 256):
+        with FakeTensorMode():
+            target = torch.empty(batch, nodes, vocab, dtype=torch.bfloat16)
+            draft = None if proposal == "point" else torch.empty_like(target)
+            tokens, parents = torch.zeros(batch, nodes, dtype=torch.int64), torch.zeros(nodes, dtype=torch.int32)
+            arguments = (target, draft, tokens, parents, torch.empty(batch, nodes + 2), None, None, *numbers, *numbers)
+            found = device.Cpu(plan.SMOKE).scratch_bytes(
+                lambda given=arguments: _verify_triton.verify(*given, proposal, "recursive", shape.depth)  # type: ignore[misc]
+            )
+        logits = target.numel() * 2 * (1 if draft is None else 2)
+        assert 0 < found <= verify.SCRATCH_SHARE * logits, f"batch {batch}: {found} of {logits} bytes"
+
+
+def test_scratch_is_counted_at_its_height() -> None:
+    """Two temporaries, never both there; a view and an operation in place take nothing; what is returned is none."""
+    given = torch.ones(300)
+
+    def call() -> torch.Tensor:
+        first = given + 1  # 1,200 bytes, rounded to 1,536
+        first.mul_(2).view(3, 100)
+        kept = first[:10].clone()  # 40, rounded to 512
+        del first
+        return kept + torch.cat([given, given])[:10]  # 2,400, rounded to 2,560
+
+    assert device.Cpu(plan.SMOKE).scratch_bytes(call) == 512 + 2560
 
 
 def test_targets_and_summary(tmp_path: Path) -> None:
@@ -192,7 +278,6 @@ def test_rivals_give_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
     package.softmax = lambda logits: torch.softmax(logits, -1)  # type: ignore[attr-defined]
     package.top_k_renorm_probs = lambda p, k: p / p.sum(-1, keepdim=True)  # type: ignore[attr-defined]
     package.top_p_renorm_probs = lambda p, share: p  # type: ignore[attr-defined]
-    package.chain_speculative_sampling = lambda q, tokens, p: (q, tokens, p)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flashinfer", types.ModuleType("flashinfer"))
     monkeypatch.setitem(sys.modules, "flashinfer.sampling", package)
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -203,16 +288,98 @@ def test_rivals_give_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
                 continue
             assert np.abs(prepare(logits).numpy() - np.array(wanted)).max() < 1e-6, name
     assert rivals.flashinfer() is package
-    target, tokens = torch.zeros(2, 3, 5), torch.tensor([[0, 1, 2], [0, 3, 4]])
-    q, drafted, p = rivals.flashinfer_chain(target, target[:, 1:], tokens, prepared=None)
-    assert drafted.tolist() == [[1, 2], [3, 4]] and p.shape == target.shape and q.shape == (2, 2, 5)
     top_p = rivals.cutoffs(logits, "top-p 0.9")
     assert top_p.tolist() == [reference.row_cutoff(row, top_p=0.9) for row in logits]
     assert rivals.cutoffs(logits, "top-k 50").tolist() == logits.float().amin(1).tolist()
 
 
+def _shifted(found: tuple[torch.Tensor, ...], *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    tokens, passed, count = found
+    return torch.where(tokens >= 0, (tokens + 1) % 40, -1), passed, count
+
+
+def _one_less(found: tuple[torch.Tensor, ...], *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    tokens, passed, count = found
+    return tokens, passed, (count - 1).clamp(min=0)
+
+
+def _never_accepting(
+    found: tuple[torch.Tensor, ...], draft: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Right, but for its law: every chain ends before its first draft, at the residual's most probable token."""
+    tokens, passed, count = found
+    first = (target[:, 0] - draft[:, 0]).argmax(1, keepdim=True)
+    return torch.cat([first, torch.full_like(tokens[:, 1:], -1)], 1), passed, torch.zeros_like(count)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        pytest.param(None, None, id="right"),
+        pytest.param(_shifted, "not the drafted one", id="other-tokens"),
+        pytest.param(_one_less, "-1 elsewhere", id="a-count-that-does-not-fit"),
+        pytest.param(_never_accepting, "drafts a chain are emitted, of", id="a-law-of-its-own"),
+    ],
+)
+def test_the_chain_is_checked(
+    wrong: Callable[..., Any] | None, error: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlashInfer's rule and output, by our function of the same signature; a wrong answer has no time."""
+    package = types.ModuleType("flashinfer.sampling")
+
+    def sampling(draft: torch.Tensor, tokens: torch.Tensor, target: torch.Tensor, **options: Any) -> Any:
+        found = chain_speculative_sampling(draft, tokens, target, **options, backend="torch")
+        return found if wrong is None else wrong(found, draft, target)
+
+    package.chain_speculative_sampling = sampling  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flashinfer", types.ModuleType("flashinfer"))
+    monkeypatch.setitem(sys.modules, "flashinfer.sampling", package)
+    monkeypatch.setattr(inputs, "draw_candidates", with_torch(draw_candidates))
+    monkeypatch.setattr(inputs, "draw_uniforms", with_torch(draw_uniforms))
+    made = inputs.Inputs.make(
+        8, plan.Tree((1, 1, 1)), 40, "recursive", "without_replacement", 4, torch.device("cpu"), (plan.NO_FILTERS,)
+    )
+    for prepared in (False, True):
+        found = verify._chain(units.Context(plan.SMOKE), made, prepared)
+        if error is None:
+            assert found.replay is not None and 0.5 < found.more["drafts_emitted"] < 3, found.error
+        else:
+            assert found.replay is None and error in str(found.error)
+
+
+def with_torch(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """The operation with another backend than it is asked for."""
+    return lambda *arguments, **options: operation(*arguments, **options | {"backend": "torch"})
+
+
+@pytest.mark.parametrize("tree", plan.TREES, ids=str)
+@pytest.mark.parametrize("filters", [plan.NO_FILTERS, plan.FILTERED])
+def test_memory_of_the_textbook(tree: tuple[int, ...], filters: str) -> None:
+    batch, vocab, nodes = 64, 128_256, len(plan.Tree(tree).parents)
+    with FakeTensorMode():
+        logits, tokens = (
+            torch.empty(batch, nodes, vocab, dtype=torch.bfloat16), torch.zeros(batch, nodes, dtype=torch.int64),
+        )  # fmt: skip
+        arguments = logits, logits, tokens, tokens[0], torch.empty(batch, nodes + 2), tree, filters
+        found = device.Cpu(plan.SMOKE).scratch_bytes(lambda: rivals.textbook(*arguments))
+    assert found <= verify.TEXTBOOK_TENSORS * batch * vocab * 4
+
+
+def test_rows_are_compiled_for_few_and_for_many() -> None:
+    seen: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        seen.append(1)
+        return graph.forward
+
+    compiled, most = torch.compile(rivals.softmax, dynamic=False, backend=backend), 2 * rivals.PROCESSORS
+    for count, wanted in ((5, 1), (most - 1, 1), (most, 2), (5000, 2), (6, 2)):
+        compiled(rivals.any_number_of_rows(torch.zeros(count, 3)))
+        assert len(seen) == wanted, count
+
+
 def test_textbook_is_one_graph() -> None:
-    """What `torch.compile(fullgraph=True)` takes, once for all batches; what it makes of it needs no test of ours."""
+    """What `torch.compile(fullgraph=True)` takes; what it makes of it needs no test of ours."""
     tree, graphs = plan.Tree((2,)), []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -220,13 +387,10 @@ def test_textbook_is_one_graph() -> None:
         return graph.forward
 
     compiled = torch.compile(rivals.textbook, fullgraph=True, dynamic=False, backend=backend)
-    for batch in (3, 5):
-        target, draft = torch.randn(2, batch, 3, 9)
-        tokens, uniforms = torch.tensor([[0, 1, 2]] * batch), torch.full((batch, 5), 0.5)
-        for tensor in (target, draft, tokens, uniforms):
-            rivals.any_number_of_rows(tensor)
-        arguments = target, draft, tokens, rivals.first_children(tree, target.device), uniforms, (2,), plan.NO_FILTERS
-        assert all(torch.equal(a, b) for a, b in zip(compiled(*arguments), rivals.textbook(*arguments), strict=True))
+    target, draft = torch.randn(2, 3, 3, 9)
+    tokens, uniforms = torch.tensor([[0, 1, 2]] * 3), torch.full((3, 5), 0.5)
+    arguments = target, draft, tokens, rivals.first_children(tree, target.device), uniforms, (2,), plan.NO_FILTERS
+    assert all(torch.equal(a, b) for a, b in zip(compiled(*arguments), rivals.textbook(*arguments), strict=True))
     assert len(graphs) == 1
 
 
@@ -303,7 +467,7 @@ class Cuda:
             "graph": scope, "synchronize": lambda: self.log.append("wait"), "current_device": lambda: 0,
             "get_device_properties": lambda _: types.SimpleNamespace(name="a GPU", L2_cache_size=1 << 10),
             "empty_cache": lambda: None, "mem_get_info": lambda: (7, 9), "memory_allocated": lambda: 100,
-            "max_memory_allocated": lambda: 130, "reset_peak_memory_stats": lambda: None,
+            "max_memory_allocated": lambda: 3100, "reset_peak_memory_stats": lambda: None,
             "set_sync_debug_mode": set_mode,
         }  # fmt: skip
         for name, value in replaced.items():
@@ -326,8 +490,10 @@ def test_the_gpu_side_of_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_device.times({"a": replay, "b": replay}, loads.append, 2) == {"a": [250.0] * 2, "b": [250.0] * 2}
     assert loads == [0, 1] and cuda.log == ["event", "replay", "event"] * 4 + ["wait"]
     assert context.bandwidth == pytest.approx(2 * (1 << 12) / 250e-6) and context.empty_graph == 250.0
-    assert device.rounds_for(gpu_device, {"a": replay}, loads.append) == 3
-    assert gpu_device.free_bytes() == 7 and gpu_device.peak_bytes(lambda: None) == 30
+    assert device.rounds_for(gpu_device, {"a": replay}, loads.append, ["a"]) == (3, {})
+    assert gpu_device.free_bytes() == 7
+    # 3,000 bytes more at the height, 512 and 1,024 of them for the two tensors that are returned
+    assert gpu_device.scratch_bytes(lambda: (torch.zeros(2), torch.zeros(200))) == 3000 - 512 - 1024
 
     def waits() -> None:
         if cuda.mode == "error":
@@ -340,6 +506,68 @@ def test_the_gpu_side_of_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device.profiled(gpu_device, lambda: torch.zeros(3) + 1)["torch_operators"][-1] == "aten::add"
     assert context.is_broken(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert not context.is_broken(RuntimeError("CUDA error: operation not permitted when stream is capturing"))
+
+
+def test_a_replay_keeps_what_its_call_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a graph would read memory that has been given back; in its place on the CPU it refuses."""
+    Cuda().install(monkeypatch)
+    for there in (device.Cpu(plan.SMOKE), device.Gpu(plan.GPU)):
+        for capture in (there.captured, lambda call, there=there: device.rival_replay(there, call)[0]):
+
+            def captured(capture: Callable[..., Any] = capture) -> tuple[device.Replay, weakref.ref[torch.Tensor]]:
+                read = torch.ones(3)
+                return capture(lambda: read + 1), weakref.ref(read)
+
+            replay, read = captured()
+            gc.collect()
+            assert read() is not None
+            replay.run()
+            del replay
+            gc.collect()
+            assert read() is None
+    graph = device._Again(lambda: None, None)
+    with pytest.raises(AssertionError, match="given back"):
+        graph.replay()
+
+
+def test_a_capture_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error comes out, another capture has ended well by then, and the graph that failed stays."""
+    Cuda().install(monkeypatch)
+    captures: list[str] = []
+
+    @contextlib.contextmanager
+    def capturing(graph: Any) -> Iterator[None]:
+        captures.append("begun")
+        yield
+        captures.append("ended")
+
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    there, calls = device.Gpu(plan.GPU), iter(range(9))
+    there.device = torch.device("cpu")
+
+    def call() -> None:
+        if next(calls) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="capturing"):
+        there.captured(call)
+    assert captures == ["begun", "begun", "ended"] and len(there._failed) == 1
+
+
+def test_a_slow_rival_takes_part_in_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    there, clock = device.Cpu(plan.Sizes(smoke=False, rounds=(20, 100), round_seconds=0.8)), [0.0]
+    monkeypatch.setattr(device.time, "perf_counter", lambda: clock[0])
+
+    def taking(seconds: float) -> device.Replay:
+        return device.Replay(lambda: clock.__setitem__(0, clock[0] + seconds))
+
+    contenders = {"ours": taking(0.001), "fast": taking(0.001), "slow": taking(0.01), "slowest": taking(1.0)}
+    rounds, every = device.rounds_for(there, contenders, lambda i: None, ["ours"])
+    assert (rounds, every) == (100, {"fast": 1, "slow": 7, "slowest": 20})
+    found = there.times(contenders, lambda i: None, rounds, every)
+    assert {name: len(values) for name, values in found.items()} == {"ours": 100, "fast": 100, "slow": 15, "slowest": 5}
+    assert device.rounds_for(there, {"ours": taking(1.0)}, lambda i: None, ["ours"]) == (20, {})
+    assert device.rounds_for(there, {}, lambda i: None, []) == (20, {})
 
 
 # ---- workers and tools

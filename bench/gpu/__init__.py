@@ -18,8 +18,9 @@ hash), in `$OUT` or in `bench/results`. `--budget` bounds the seconds of a part,
 
 Timing: a call is captured in a CUDA graph; before each replay another candidate tree and other uniform numbers are
 copied in, and a buffer of several times the L2 cache is read, so that the rows come from memory and nothing dirty is
-left to be written back. Rivals take turns. A row has median and 20/80 percentiles, in microseconds between two events,
-and the floor: the bytes of the rows that these calls visited, over the bandwidth of a large copy measured just before.
+left to be written back. Rivals take turns, a slow one in fewer rounds, of which its entry says how many. A row has
+median and 20/80 percentiles, in microseconds between two events, and the floor: the bytes of the rows that these calls
+visited, over the bandwidth of a large copy measured just before; `traffic_bytes` is what the launched kernels move.
 A kernel whose answer is wrong at a shape is not timed there: the row is an error row.
 
 `--smoke` runs the same code without a GPU, in Triton's interpreter at tiny sizes, and writes to a temporary folder.

@@ -55,7 +55,7 @@ class Supervisor:
 
     def __init__(self, options: argparse.Namespace, out: Path) -> None:
         self.options, self.out, self.crashes = options, out, 0
-        self.started = rows.now()
+        self.started, self._threads = rows.now(), 1
         self._lines: queue.Queue[tuple[Worker, str | None]] = queue.Queue()
 
     def run(self, parts: list[str], seconds: float, workers: int, warm: str = "no") -> None:
@@ -68,7 +68,7 @@ class Supervisor:
             warm: "only" compiles the kernels and no more, "first" compiles them before.
         """
         deadline = time.time() + seconds
-        options = self.options
+        options, self._threads = self.options, max(1, (os.cpu_count() or 1) // workers)
         command = [*COMMAND, *parts, f"--out={self.out}", f"--deadline={deadline}"]
         command += [f"--workers={workers}", f"--warm={warm}", *(f"--only={text}" for text in options.only)]
         command += [f"--since={self.started}"] if options.again else []
@@ -101,7 +101,8 @@ class Supervisor:
                     alive.append(self._start(command, worker.index))
 
     def _start(self, command: list[str], index: int) -> Worker:
-        environment = os.environ | ({"TRITON_INTERPRET": "1"} if self.options.smoke else {})
+        environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(self._threads)}
+        environment |= {"TRITON_INTERPRET": "1"} if self.options.smoke else {}
         # a group of its own, so that what it has started goes with it
         process = subprocess.Popen(
             [*command, f"--index={index}"],

@@ -57,8 +57,8 @@ def measure(case: RowCase, context: Context) -> Iterator[dict[str, Any]]:
             if context.is_broken(problem):
                 raise
             failed[name] = f"{type(problem).__name__}: {problem}"[:300]
-    rounds = rounds_for(device, replays, ours.load)
-    found = device.times(replays, ours.load, rounds)
+    rounds, every = rounds_for(device, replays, ours.load, [case.operation])
+    found = device.times(replays, ours.load, rounds, every)
     times = found.pop(case.operation)
     at_least = floor.microseconds(byte_count, context.bandwidth)
     ours_median, medians = rows.percentile(times, 0.5), [rows.percentile(values, 0.5) for values in found.values()]
@@ -73,13 +73,14 @@ def measure(case: RowCase, context: Context) -> Iterator[dict[str, Any]]:
             name: {
                 "graph": graphs[name],
                 "microseconds": rows.spread(values),
-                "over_ours": rows.spread([b / a for a, b in zip(times, values, strict=True)]),
+                "rounds": len(values),
+                "over_ours": rows.spread([b / a for a, b in zip(times[:: every.get(name, 1)], values, strict=True)]),
             }
             for name, values in found.items()
         },
         "rivals_without_times": failed,
         "launches": launches(ours.call),
-        "scratch_bytes": device.peak_bytes(ours.call),
+        "scratch_bytes": device.scratch_bytes(ours.call),
         "empty_graph_microseconds": round(context.empty_graph, 3),
         "copy_gigabytes_a_second": round(context.bandwidth / 1e9, 1),
         "targets": {"ahead of its rivals": ours_median < min(medians)} if medians else {},

@@ -6,11 +6,14 @@ import contextlib
 import gc
 import platform
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 import triton
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from . import rows
 from .plan import Sizes
@@ -18,11 +21,22 @@ from .plan import Sizes
 Call = Callable[[], Any]
 
 
-class Replay:
-    """A captured call: `run()` does it once more, reading and writing the same memory; `result` is what it writes."""
+ALLOCATED = 512  # bytes: memory is given in multiples of it
 
-    def __init__(self, run: Callable[[], None], result: Any) -> None:
-        self.run, self.result = run, result
+
+class Replay:
+    """A captured call: `run()` does it once more, reading and writing the same memory; `result` is what it writes.
+
+    Args:
+        call: what was captured. A graph knows where the call's inputs lie and keeps none of them: they live as long as
+            the call does, and it as long as this.
+        graph: has `replay`; None: the call is run as it is.
+        result: of the call that was captured.
+    """
+
+    def __init__(self, call: Call, graph: Any = None, result: Any = None) -> None:
+        self.call, self.result = call, result
+        self.run: Callable[[], Any] = call if graph is None else graph.replay
 
 
 class Gpu:
@@ -35,19 +49,28 @@ class Gpu:
         self.name = str(properties.name)
         self.cold_bytes = max(4 * int(getattr(properties, "L2_cache_size", 0)), 256 << 20)
         self._cold: torch.Tensor | None = None
+        self._failed: list[Any] = []
 
     def captured(self, call: Call) -> Replay:
         """Capture `call` in a graph, after two runs beside it that compile what it needs."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        ours, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+        beside.wait_stream(ours)
+        with torch.cuda.stream(beside):
             for _ in range(2):
                 call()
-        torch.cuda.current_stream().wait_stream(stream)
+        ours.wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = call()
-        return Replay(graph.replay, result)
+        try:
+            # a capture that fails leaves its own stream as the current one: the outer context puts that right
+            with torch.cuda.stream(ours), torch.cuda.graph(graph):
+                result = call()
+        except Exception:
+            # the allocator still asks this graph, and torch's generator refuses every number until a capture ends well
+            self._failed.append(graph)
+            with torch.cuda.stream(ours), torch.cuda.graph(torch.cuda.CUDAGraph()):
+                torch.zeros(1, device=self.device)
+            raise
+        return Replay(call, graph, result)
 
     def flush(self) -> None:
         """Read a buffer that the L2 cache cannot hold: what was there is gone, and what comes in is clean."""
@@ -56,18 +79,25 @@ class Gpu:
             self._sink = torch.empty((), device=self.device)
         torch.sum(self._cold, dim=0, out=self._sink)
 
-    def times(self, contenders: dict[str, Replay], load: Callable[[int], None], rounds: int) -> dict[str, list[float]]:
+    def times(
+        self,
+        contenders: dict[str, Replay],
+        load: Callable[[int], None],
+        rounds: int,
+        every: dict[str, int] | None = None,
+    ) -> dict[str, list[float]]:
         """Microseconds of each replay, cold; the contenders take turns.
 
         Args:
             contenders: name -> what to time.
             load: puts the inputs of round i in place, outside the timed region.
-            rounds: replays of each.
+            rounds: how many.
+            every: name -> n for those that take part in every n-th round only, the first among them.
         """
         events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in contenders}
         for i in range(rounds):
             load(i)
-            for name, replay in contenders.items():
+            for name, replay in _taking_part(contenders, i, every):
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 self.flush()
                 start.record()
@@ -86,16 +116,16 @@ class Gpu:
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info()[0])
 
-    def peak_bytes(self, call: Call) -> int | None:
-        """Memory that a call takes at its height, its outputs included."""
+    def scratch_bytes(self, call: Call) -> int:
+        """Memory that a call takes at its height besides what it returns, both as the allocator rounds them."""
         call()
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what is given out of a larger piece may be all of it
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         result = call()
         torch.cuda.synchronize()
-        del result
-        return int(torch.cuda.max_memory_allocated() - before)
+        return int(torch.cuda.max_memory_allocated() - before) - given(result)
 
     @contextlib.contextmanager
     def forbid_synchronization(self) -> Iterator[None]:
@@ -124,18 +154,19 @@ class Cpu:
 
     def captured(self, call: Call) -> Replay:
         result = call()
+        return Replay(call, _Again(call, result), result)
 
-        def run() -> None:
-            for old, new in zip(_tensors(result), _tensors(call()), strict=True):
-                old.copy_(new)
-
-        return Replay(run, result)
-
-    def times(self, contenders: dict[str, Replay], load: Callable[[int], None], rounds: int) -> dict[str, list[float]]:
+    def times(
+        self,
+        contenders: dict[str, Replay],
+        load: Callable[[int], None],
+        rounds: int,
+        every: dict[str, int] | None = None,
+    ) -> dict[str, list[float]]:
         found: dict[str, list[float]] = {name: [] for name in contenders}
         for i in range(rounds):
             load(i)
-            for name, replay in contenders.items():
+            for name, replay in _taking_part(contenders, i, every):
                 start = time.perf_counter()
                 replay.run()
                 found[name].append((time.perf_counter() - start) * 1e6)
@@ -147,8 +178,10 @@ class Cpu:
     def free_bytes(self) -> int:
         return 64 << 20
 
-    def peak_bytes(self, call: Call) -> int | None:
-        return None
+    def scratch_bytes(self, call: Call) -> int:
+        with Allocations() as allocations:
+            result = call()
+        return allocations.peak - given(result)
 
     @contextlib.contextmanager
     def forbid_synchronization(self) -> Iterator[None]:
@@ -161,10 +194,65 @@ class Cpu:
 Device = Gpu | Cpu
 
 
-def _tensors(result: Any) -> list[torch.Tensor]:
-    if isinstance(result, torch.Tensor):
-        return [result]
-    return [x for part in result for x in _tensors(part)] if isinstance(result, (tuple, list)) else []
+class _Again:
+    """In a graph's place on the CPU: the call once more. It keeps as little alive of what the call reads as a graph."""
+
+    def __init__(self, call: Call, result: Any) -> None:
+        self._call, self._result = weakref.ref(call), result
+
+    def replay(self) -> None:
+        call = self._call()
+        assert call is not None, "what was captured reads memory that has been given back"
+        for old, new in zip(tensors_of(self._result), tensors_of(call()), strict=True):
+            old.copy_(new)
+
+
+class Allocations(TorchFunctionMode):
+    """Counts the memory of the tensors that Python makes inside, as a GPU's allocator rounds it.
+
+    Attributes:
+        peak: bytes at the height.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._taken = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function of torch; a storage that is not among its arguments' is new."""
+        found = function(*args, **(kwargs or {}))
+        known = {tensor.untyped_storage()._cdata for tensor in tensors_of((args, kwargs))}
+        for storage in (tensor.untyped_storage() for tensor in tensors_of(found)):
+            key = storage._cdata
+            if key not in known and key not in self._sizes:
+                self._sizes[key] = _rounded(storage.nbytes())
+                self._taken += self._sizes[key]
+                self.peak = max(self.peak, self._taken)
+                weakref.finalize(storage, self._free, key)
+        return found
+
+    def _free(self, key: int) -> None:
+        self._taken -= self._sizes.pop(key)
+
+
+def _taking_part(contenders: dict[str, Replay], i: int, every: dict[str, int] | None) -> Iterator[tuple[str, Replay]]:
+    """The contenders of round i."""
+    return ((name, replay) for name, replay in contenders.items() if i % (every or {}).get(name, 1) == 0)
+
+
+def _rounded(size: int) -> int:
+    return -(-size // ALLOCATED) * ALLOCATED
+
+
+def given(result: Any) -> int:
+    """Bytes that the allocator has given for the tensors of a result."""
+    storages = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors_of(result))}
+    return sum(_rounded(storage.nbytes()) for storage in storages.values())
+
+
+def tensors_of(result: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 
 
 def rival_replay(device: Device, call: Call) -> tuple[Replay, bool]:
@@ -181,11 +269,7 @@ def rival_replay(device: Device, call: Call) -> tuple[Replay, bool]:
     except RuntimeError as error:
         if "synchroniz" not in str(error):
             raise
-
-        def run() -> None:
-            call()
-
-        return Replay(run, None), False
+        return Replay(call), False
     return device.captured(call), True
 
 
@@ -206,15 +290,38 @@ def empty_graph(device: Device) -> float:
     return rows.percentile(device.times({"tiny": replay}, lambda i: None, device.sizes.rounds[0])["tiny"], 0.5)
 
 
-def rounds_for(device: Device, contenders: dict[str, Replay], load: Callable[[int], None]) -> int:
-    """How many rounds to time: what fits the seconds a row may take, within bounds."""
+def rounds_for(
+    device: Device, contenders: dict[str, Replay], load: Callable[[int], None], ours: Collection[str]
+) -> tuple[int, dict[str, int]]:
+    """How many rounds to time, so that they take the seconds that a row may take, within bounds.
+
+    Half of them are for ours, in every round. A rival that is slow takes part in fewer, and costs the row no more than
+    its share of the other half, but for the fewest rounds that it must have.
+
+    Args:
+        device: where.
+        contenders, load: see `times`.
+        ours: names among the contenders.
+
+    Returns:
+        rounds, and `every` as `times` takes it.
+    """
     fewest, most = device.sizes.rounds
-    if fewest == most:
-        return fewest
+    if fewest == most or not contenders:
+        return fewest, {}
     start = time.perf_counter()
-    device.times(contenders, load, 2)
+    pilot = device.times(contenders, load, 2)
     seconds = (time.perf_counter() - start) / 2
-    return max(fewest, min(most, int(device.sizes.round_seconds / max(seconds, 1e-9))))
+    alone = {name: min(values) * 1e-6 for name, values in pilot.items()}
+    beside = max(seconds - sum(alone.values()), 0.0) / len(alone)
+
+    def fitting(names: Collection[str], share: float) -> int:
+        return int(share / max(sum(alone[name] + beside for name in names), 1e-9))
+
+    half, theirs = device.sizes.round_seconds / 2, [name for name in contenders if name not in ours]
+    rounds = max(fewest, min(most, fitting(ours, half)))
+    wanted = {name: max(device.sizes.rival_rounds, fitting([name], half / len(theirs))) for name in theirs}
+    return rounds, {name: max(1, rounds // count) for name, count in wanted.items()}
 
 
 @contextlib.contextmanager

@@ -35,7 +35,30 @@ def visited_rows(path: torch.Tensor, length: torch.Tensor, parents: Sequence[int
     return int(length.sum()), int(drafted.sum())
 
 
+def sweeps(parents: Sequence[int], rule: str, proposal: str, waves: int) -> int:
+    """How many rejections a request's first waves of sweeps follow at most, see `mcsd_kernels._verify_triton`.
+
+    Args:
+        parents: of a tree; siblings stand side by side, in draw order.
+        rule, proposal: of the call.
+        waves: how many are launched.
+    """
+    wave, count, last = [0] * len(parents), 0, {parent: node for node, parent in enumerate(parents)}
+    for node, parent in enumerate(parents):
+        if node:
+            is_last = node == last[parent]
+            wave[node] = int(not is_last) if proposal == "greedy" else node - parents.index(parent)
+            # under "recursive" the state of a node does not depend on how it was reached
+            wave[node] += wave[parent] if rule == "traversal" else 0
+            # of siblings under "greedy" the drawn one alone leads to a sweep
+            count += wave[node] < waves and (is_last or proposal != "greedy")
+    return count
+
+
 def verify_bytes(target_rows: int, draft_rows: int, vocab: int, itemsize: int, batch: int, nodes: int) -> int:
-    """Bytes that `verify` must move: the visited rows once, and the small inputs and outputs."""
+    """Bytes that `verify` must move on any machine: the visited rows once, and the small inputs and outputs.
+
+    Beside the kernels stands what theirs move, which takes Triton to be imported.
+    """
     small = nodes * (8 + 4) + (nodes + 2) * 4 + 2 * 4
     return (target_rows + draft_rows) * vocab * itemsize + batch * small

@@ -87,8 +87,18 @@ class Inputs:
         device: torch.device,
         filters: tuple[str, ...],
         seed: int = 0,
+        shared: bool = False,
     ) -> Inputs:
-        target, draft = logits((batch, len(tree.parents), vocab), device, seed)
+        """Draw them.
+
+        Args:
+            sets: calls.
+            filters: names in `plan.SAMPLING`.
+            shared: all requests have the logits of one.
+        """
+        target, draft = logits((1 if shared else batch, len(tree.parents), vocab), device, seed)
+        if shared:
+            target, draft = (x.expand(batch, -1, -1) for x in (target, draft))
         seeds = torch.arange(batch, device=device) + seed
         drawn = {
             name: [

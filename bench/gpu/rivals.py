@@ -12,6 +12,9 @@ from mcsd_kernels import SamplingParams, row_cutoffs
 
 from .plan import FILTERED, SAMPLING, Tree
 
+PROCESSORS = 132  # of an H200
+MOST_ROWS = 1 << 40
+
 
 def flashinfer() -> Any:
     """FlashInfer's sampling module, or None where it cannot be imported."""
@@ -154,8 +157,15 @@ def preparations(filters: str, compiled: Callable[..., Any]) -> dict[str, Callab
 
 
 def any_number_of_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """One compilation serves every batch; the vocabulary stays a constant."""
-    torch._dynamo.mark_dynamic(tensor, 0)
+    """Two compilations serve every number of rows; the vocabulary stays a constant.
+
+    The compiler splits a row among programs where rows are fewer than twice the processors, and decides that when it
+    first sees some.
+    """
+    few = len(tensor) < 2 * PROCESSORS
+    torch._dynamo.mark_dynamic(
+        tensor, 0, min=2 if few else 2 * PROCESSORS, max=2 * PROCESSORS - 1 if few else MOST_ROWS
+    )
     return tensor
 
 
@@ -163,7 +173,13 @@ def any_number_of_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def flashinfer_chain(
-    target: torch.Tensor, draft_probabilities: torch.Tensor, tokens: torch.Tensor, *, prepared: torch.Tensor | None
+    target: torch.Tensor,
+    draft_probabilities: torch.Tensor,
+    tokens: torch.Tensor,
+    seed: torch.Tensor,
+    offset: torch.Tensor,
+    *,
+    prepared: torch.Tensor | None,
 ) -> Any:
     """FlashInfer's chain verification, from target logits, or from `prepared` probabilities.
 
@@ -171,10 +187,64 @@ def flashinfer_chain(
         target: `[batch, nodes, vocab]` logits of chains.
         draft_probabilities: `[batch, nodes - 1, vocab]` fp32, which drafting has left behind.
         tokens: `[batch, nodes]`.
+        seed, offset: `[1]` int64: with torch's generator, whose state it reads, it could not be captured.
         prepared: the softmax of `target`; None: it is part of the call.
     """
     probabilities = softmax(target) if prepared is None else prepared
-    return flashinfer().chain_speculative_sampling(draft_probabilities, tokens[:, 1:].int(), probabilities)
+    return flashinfer().chain_speculative_sampling(
+        draft_probabilities, tokens[:, 1:].int(), probabilities, seed=seed, offset=offset
+    )
+
+
+def chain_acceptance(
+    draft_probabilities: torch.Tensor, tokens: torch.Tensor, target_probabilities: torch.Tensor
+) -> tuple[float, float]:
+    """Mean and variance of how many drafts of these chains speculative sampling emits, summed over the batch.
+
+    The i-th draft is emitted with probability prod_{j <= i} min(1, p_j(x_j) / q_j(x_j)).
+
+    Args:
+        draft_probabilities, tokens: as in `flashinfer_chain`.
+        target_probabilities: `[batch, nodes, vocab]`.
+    """
+    drafted = tokens[:, 1:, None]
+    p, q = target_probabilities[:, :-1].gather(2, drafted), draft_probabilities.gather(2, drafted)
+    reached = (p.double() / q.double()).clamp(max=1.0)[..., 0].cumprod(1)
+    mean = reached.sum(1)
+    square = (reached * (2 * torch.arange(1, reached.shape[1] + 1, device=reached.device) - 1)).sum(1)
+    return float(mean.sum()), float((square - mean**2).sum())
+
+
+def chain_faults(
+    found: Any, draft_probabilities: torch.Tensor, tokens: torch.Tensor, target_probabilities: torch.Tensor
+) -> list[str]:
+    """What is wrong with an answer of `flashinfer_chain`, whatever its random numbers were.
+
+    Args:
+        found: the emitted tokens `[batch, nodes]`, -1 after the end; how many drafts pass their test, each by itself;
+            how many are emitted.
+        draft_probabilities, tokens, target_probabilities: as in `chain_acceptance`.
+    """
+    emitted, passed, count = (x.long() for x in found)
+    drafts, vocab = tokens.shape[1] - 1, target_probabilities.shape[2]
+    if bool(((count < 0) | (count > passed) | (passed > drafts)).any()):
+        return ["counts out of bounds"]
+    place = torch.arange(drafts + 1, device=tokens.device)
+    faults = []
+    accepted = place[:-1] < count[:, None]
+    if bool((accepted & (emitted[:, :-1] != tokens[:, 1:])).any()):
+        faults.append("an accepted token is not the drafted one")
+    if bool(((emitted == -1) != (place > count[:, None])).any()):
+        faults.append("-1 elsewhere than after the end")
+    last = emitted.gather(1, count[:, None])
+    if bool(((last < 0) | (last >= vocab)).any()):
+        return [*faults, "the last token is none of the vocabulary"]
+    request = torch.arange(len(tokens), device=tokens.device)
+    p = target_probabilities[request, count, last[:, 0]]
+    q = draft_probabilities[request, count.clamp(max=drafts - 1), last[:, 0]]
+    if bool((p <= torch.where(count < drafts, q, 0.0)).any()):
+        faults.append("the last token has no probability in the residual")
+    return faults
 
 
 # ---- operations on rows

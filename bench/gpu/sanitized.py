@@ -43,7 +43,13 @@ def plant(tool: str, device: torch.device) -> None:
 
 
 def call_everything(rule: str, device: torch.device, vocab: int) -> None:
-    """One small call of each operation, two proposals, filters on."""
+    """One small call of each operation, filters on; of `verify` two proposals, and both schedules.
+
+    Args:
+        rule: of `verify`.
+        device: where.
+        vocab: for the schedule "walk"; four times as many tokens are for "split".
+    """
     from mcsd_kernels import (
         SamplingParams,
         ancestor_bits,
@@ -60,10 +66,10 @@ def call_everything(rule: str, device: torch.device, vocab: int) -> None:
     parents = torch.tensor([-1, 0, 0, 0, 1, 1, 2, 4, -1, 0])
     batch, nodes = 2, len(parents)
     random = torch.Generator().manual_seed(0)
-    target, draft = (torch.randn(batch, nodes, vocab, generator=random).bfloat16().to(device) for _ in range(2))
     seeds = torch.arange(batch).to(device)
     sampling = SamplingParams(temperature=0.9, top_k=20, top_p=0.9, min_p=0.01)
-    for proposal in ("without_replacement", "greedy"):
+    for proposal, size in (("without_replacement", vocab), ("without_replacement", 4 * vocab), ("greedy", 4 * vocab)):
+        target, draft = (torch.randn(batch, nodes, size, generator=random).bfloat16().to(device) for _ in range(2))
         here: dict[str, Any] = {"proposal": proposal, "sampling": sampling, "backend": "triton"}
         drawn = draw_candidates(draft[:, 0], nodes, seeds, 0, **here)
         uniforms = draw_uniforms(seeds, 0, nodes + 2, backend="triton")

@@ -71,12 +71,15 @@ def run(options: argparse.Namespace) -> int:
 
 def warm(units: list[Any], context: Any, options: argparse.Namespace) -> None:
     """Compile the kernels of the units, this worker's share of the groups; what fails here will say so in its row."""
+    import torch._inductor.config
+
+    # what is timed while others compile shall not be a choice for later
+    torch._inductor.config.autotune_local_cache = False
     groups: dict[Hashable, list[Any]] = {}
-    for unit in units:
+    for unit in [unit for unit in units if unit.warm][: 1 if options.smoke else None]:
         for group, task in unit.warm.items():
             groups.setdefault(group, []).append(task)
-    mine = list(groups.values())[options.index :: options.workers]
-    for tasks in mine[:1] if options.smoke else mine:
+    for tasks in list(groups.values())[options.index :: options.workers]:
         for task in tasks:
             if time.time() > options.deadline:
                 return
