@@ -10,6 +10,7 @@ from os import PathLike
 import torch
 from transformers import PreTrainedModel
 
+from .checking import unwrapped
 from .drafters import Drafter, LevelDrafter, ModelDrafter, Proposal, State
 from .profile import Ladder, Profile
 
@@ -71,12 +72,12 @@ class AdaptiveDrafter(Drafter):
             raise ValueError('proposal: expected another than "greedy", whose siblings depend on how many there are')
         own = proposal or ladder.proposal
         self.drafter: LevelDrafter
-        if isinstance(draft, PreTrainedModel):
+        if isinstance(unwrapped(draft), PreTrainedModel):
             self.drafter = ModelDrafter(draft, proposal=own, attention=attention, parents=ladder.parents)
         elif isinstance(draft, LevelDrafter):
             self.drafter = draft.with_tree(ladder.parents, own)
         else:
-            raise ValueError(f"draft: expected a model or a drafter that takes any tree, got {draft!r}")
+            raise ValueError(f"draft: expected a model or a drafter that takes any tree, got {type(draft).__name__}")
         self.ladder, self.prior, self.decay = ladder, prior, decay
         self.proposal, self.parents, self.branching = own, ladder.parents, None
         self.reads_hidden, self.reads_cache = self.drafter.reads_hidden, self.drafter.reads_cache

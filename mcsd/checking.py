@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from transformers import PreTrainedModel
 
 from mcsd_kernels import ancestor_bits
+from mcsd_kernels._checks import whole
 
 from .attention import takes_tree_attention
 from .scoring import ATTENTION, Scorer, UnsupportedModelError, refusal
@@ -50,10 +54,12 @@ def check(model: PreTrainedModel, *, attention: str = "auto", prefix: int = 12, 
         a `Check`, true if the model can be used; else its `reason` says why not.
 
     Raises:
-        ValueError: an unknown `attention`.
+        ValueError: an unknown `attention`, or a number out of range.
     """
     if attention not in ATTENTION:
         raise ValueError(f"attention: expected one of {', '.join(map(repr, ATTENTION))}, got {attention!r}")
+    prefix, nodes, seed = whole("prefix", prefix, 0), whole("nodes", nodes, 1), whole("seed", seed, -(2**63), 2**64 - 1)
+    model = unwrapped(model)
     reason = refusal(model, attention)
     if reason:
         return Check(False, reason=reason)
@@ -110,6 +116,32 @@ def require(name: str, model: PreTrainedModel, attention: str) -> None:
             _CHECKED.add(model)
     if reason:
         raise UnsupportedModelError(f"{name}: {reason}")
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside `torch.compile`'s wrapper; anything else as it is."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, PreTrainedModel) else model
+
+
+@contextmanager
+def compiled(model: Any) -> Iterator[None]:
+    """Inside this context calls of the model inside `torch.compile`'s wrapper are compiled as those of the wrapper.
+
+    So that the model itself can be used in its place; without a wrapper nothing happens.
+    """
+    inner = unwrapped(model)
+    if inner is model:
+        yield
+        return
+    before = inner._compiled_call_impl
+    inner._compiled_call_impl = model.dynamo_ctx(inner._call_impl)  # as `inner.compile()` does
+    try:
+        yield
+    finally:
+        del inner._compiled_call_impl
+        if before is not None:
+            inner._compiled_call_impl = before
 
 
 def _plain(model: PreTrainedModel, tokens: torch.Tensor, prefix: int, path: list[int]) -> torch.Tensor:

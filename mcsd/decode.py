@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +11,7 @@ from numbers import Integral
 from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
@@ -19,7 +20,7 @@ from mcsd_kernels import SamplingParams, Status, Verified
 from mcsd_kernels import _checks as check
 from mcsd_kernels.verify import PROPOSALS, RULES
 
-from .checking import require
+from .checking import compiled, require, unwrapped
 from .drafters import Drafter, ModelDrafter, NgramDrafter, Proposal, State
 from .drafters.base import Adapter
 from .profile import Profile
@@ -54,14 +55,14 @@ def generate(
     top_k: int | torch.Tensor = 0,
     top_p: float | torch.Tensor = 1.0,
     min_p: float | torch.Tensor = 0.0,
-    seed: int | Sequence[int] = 0,
+    seed: int | Sequence[int] | torch.Tensor = 0,
     proposal: str | None = None,
     rule: str | None = None,
     profile: Profile | str | PathLike[str] | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
-    pad_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | Set[int] | torch.Tensor | None = None,
+    pad_token_id: int | torch.Tensor | None = None,
     stopping_criteria: Any = None,
-    stop_strings: str | list[str] | None = None,
+    stop_strings: str | Sequence[str] | Set[str] | None = None,
     tokenizer: Any = None,
     logits_processor: Any = None,
     streamer: Any = None,
@@ -78,8 +79,9 @@ def generate(
     once, with or without speculation, so token-for-token equality is not promised there.)
 
     Args:
-        target: a decoder-only Hugging Face model.
-        draft: a smaller model with the same vocabulary, a `Drafter`, or "ngram" (prompt lookup, no model).
+        target: a decoder-only Hugging Face model, compiled (`model.compile()`, `torch.compile(model)`) or not.
+        draft: a smaller model with the same vocabulary, a `Drafter`, or "ngram" (prompt lookup, no model). A model with
+            the same tokenizer and an embedding of another size comes as `ModelDrafter(model, shared_vocab=...)`.
         input_ids: `[batch, length]` int64 prompts, padded on either side.
         attention_mask: `[batch, length]`, 1 at tokens and 0 at padding. None: every column counts, unless the model has
             a padding token that is no end-of-sequence token and occurs.
@@ -94,7 +96,7 @@ def generate(
         profile: what `mcsd tune` found for this pair on this machine, or its file: the tree comes from it in place of
             `branching`, and so do `proposal` and `rule` where they are None. Needs a draft model, or a drafter that
             takes any tree.
-        eos_token_id: token or tokens that end a request. None: the generation configuration's.
+        eos_token_id: token or tokens that end a request, [] for none. None: the generation configuration's.
         pad_token_id: for the right end of `sequences`. None: the generation configuration's, else the first
             end-of-sequence token, else 0.
         stopping_criteria: transformers' `StoppingCriteria` or a list of them, asked after every token with
@@ -102,7 +104,7 @@ def generate(
         stop_strings: end a request when its text ends in one of these; needs `tokenizer`.
         tokenizer: for `stop_strings`.
         logits_processor: transformers' `LogitsProcessor` or a list, applied to the target's logits at every node with
-            the node's own context.
+            the node's own context. Whatever shape it gets, it must return.
         streamer: gets the prompt and then every token, as transformers' `generate` does; batch 1 only.
         attention: "tree" (our attention in the model), "dense" (4-D masks), or "auto".
         graphs: capture what a step does as CUDA graphs when its shapes first come, and replay them; graphs and caches
@@ -125,23 +127,30 @@ def generate(
     Source: Yang et al., arXiv 2401.06706.
     """
     check.choice("attention", attention, ATTENTION)
+    wrapper, target = target, unwrapped(target)
     require("target", target, attention)
     prompts = _prompts(target, input_ids, attention_mask)
     batch = len(prompts)
+    embedding = target.get_input_embeddings().weight
+    vocab, device = embedding.shape[0], embedding.device
+    sampling = _sampling(temperature, top_k, top_p, min_p, batch, device)
     parents = None
     if profile is not None:
         tuned = Profile.load(profile)
-        if not isinstance(draft, PreTrainedModel) and not hasattr(draft, "with_tree"):
-            raise ValueError(f"profile: expected a draft model or a drafter that takes any tree, got draft = {draft!r}")
+        if not isinstance(unwrapped(draft), PreTrainedModel) and not hasattr(draft, "with_tree"):
+            raise ValueError(
+                f"profile: expected a draft model or a drafter that takes any tree, got draft = {_what(draft)}"
+            )
         own = tuned.proposal if isinstance(temperature, torch.Tensor) else tuned.proposal_at(temperature)
         parents, proposal, rule = tuned.parents, proposal or own, rule or tuned.rule
     drafter = drafter_for(target, draft, branching, proposal, attention, temperature, parents)
     rule = "recursive" if rule is None else rule
-    device = target.get_input_embeddings().weight.device
-    sampling = _sampling(temperature, top_k, top_p, min_p, device)
     check.choice("rule", rule, RULES)
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: expected a whole number >= 1, got {max_new_tokens!r}")
+    max_new_tokens = check.whole("max_new_tokens", _plain(max_new_tokens), 1)
+    seeds = _seeds(seed, batch, device)
+    _check_methods("callback", callback, "a function", "__call__")
+    _check_methods("observer", observer, "a function", "__call__")
+    _check_methods("streamer", streamer, "an object with put and end", "put", "end")
     if streamer is not None and batch > 1:
         raise ValueError(f"streamer: expected a batch of 1, got {batch}; stream requests one by one")
     longest = max(map(len, prompts))
@@ -152,8 +161,13 @@ def generate(
             f"max_new_tokens: expected a prompt of {longest} tokens and {max_new_tokens} new ones to fit the model's "
             f"{positions} positions; shorten the prompt or ask for at most {max(positions - longest, 0)}"
         )
-    ends = _Ends(target, eos_token_id, stopping_criteria, stop_strings, tokenizer)
-    processors = _list_of(LogitsProcessorList, logits_processor)
+    special = target.generation_config
+    eos = _token_ids("eos_token_id", eos_token_id, special.eos_token_id, vocab)
+    pad = _token_ids("pad_token_id", pad_token_id, special.pad_token_id, vocab)
+    if pad_token_id is not None and len(pad) != 1:
+        raise ValueError(f"pad_token_id: expected one token id, got {pad_token_id!r}")
+    ends = _Ends(eos, _criteria(stopping_criteria, stop_strings, tokenizer))
+    processors = _list_of("logits_processor", LogitsProcessorList, logits_processor)
 
     room = longest + max_new_tokens + LARGEST_TREE
     scorer = Scorer(
@@ -162,7 +176,7 @@ def generate(
     state = State(
         sequences=[list(prompt) for prompt in prompts],
         active=[True] * batch,
-        seeds=_seeds(seed, batch, device),
+        seeds=seeds,
         step=0,
         sampling=sampling,
         device=scorer.device,
@@ -170,12 +184,13 @@ def generate(
         vocab=target.get_output_embeddings().weight.shape[0] if target.get_output_embeddings() else config.vocab_size,
         scorer=scorer,
     )
-    output = _Output(input_ids, max_new_tokens, ends, streamer, pad_token_id, target)
+    output = _Output(input_ids, max_new_tokens, ends, streamer, (pad or eos or [0])[0])
     process = partial(_process, processors, output) if processors else None
     stats = Stats(status=[0] * batch)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         stack.enter_context(scorer.attending())
+        stack.enter_context(compiled(wrapper))
         stack.callback(drafter.end)
         bar = stack.enter_context(_bar(max_new_tokens * batch)) if progress else None
         try:
@@ -222,34 +237,26 @@ def _process(processors: LogitsProcessorList, output: _Output, logits: torch.Ten
         text = output.rows[request]
         for same in by_depth.values():
             contexts = torch.tensor([text + paths[node] for node in same], device=logits.device)
-            processed[request, same] = processors(contexts, processed[request, same])
+            before = processed[request, same]
+            after = processors(contexts, before)
+            if not isinstance(after, torch.Tensor) or after.shape != before.shape:
+                got = list(after.shape) if isinstance(after, torch.Tensor) else _what(after)
+                raise ValueError(f"logits_processor: expected logits {list(before.shape)} back, got {got}")
+            processed[request, same] = after
     return processed
 
 
+@dataclass
 class _Ends:
-    """When a request is over, apart from its length."""
+    """When a request is over, apart from its length.
 
-    def __init__(
-        self,
-        target: PreTrainedModel,
-        eos_token_id: int | Sequence[int] | None,
-        stopping_criteria: Any,
-        stop_strings: str | list[str] | None,
-        tokenizer: Any,
-    ) -> None:
-        if eos_token_id is None:
-            eos_token_id = target.generation_config.eos_token_id
-        ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
-        if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-            raise ValueError(f"eos_token_id: expected token ids, got {eos_token_id!r}")
-        self.eos = ids
-        self.criteria = _list_of(StoppingCriteriaList, stopping_criteria)
-        if stop_strings:
-            if tokenizer is None:
-                raise ValueError("stop_strings: expected a tokenizer beside them, got None")
-            self.criteria = StoppingCriteriaList(
-                [*self.criteria, StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings)]
-            )
+    Args:
+        eos: tokens that end it.
+        criteria: asked after every other token.
+    """
+
+    eos: list[int]
+    criteria: StoppingCriteriaList
 
     def after(self, row: list[int], device: torch.device) -> bool:
         """Whether the text ends with its last token."""
@@ -269,15 +276,11 @@ class _Output:
         max_new_tokens: int,
         ends: _Ends,
         streamer: Any,
-        pad_token_id: int | None,
-        target: PreTrainedModel,
+        pad: int,
     ) -> None:
         self.input_ids, self.ends, self.streamer, self.limit = input_ids, ends, streamer, max_new_tokens
-        self.width = input_ids.shape[1]
+        self.width, self.pad = input_ids.shape[1], pad
         self.rows: list[list[int]] = input_ids.tolist()  # prompts with their padding, as processors see them
-        if pad_token_id is None:
-            pad_token_id = target.generation_config.pad_token_id
-        self.pad = pad_token_id if pad_token_id is not None else (ends.eos or [0])[0]
 
     def begin(self) -> None:
         """Hand the prompt to the streamer."""
@@ -364,8 +367,7 @@ def _prompts(target: PreTrainedModel, input_ids: torch.Tensor, attention_mask: t
             f"input_ids: expected ids in [0, {vocab}), got {int(input_ids.min())} to {int(input_ids.max())}"
         )
     if attention_mask is None:
-        pad, eos = target.generation_config.pad_token_id, target.generation_config.eos_token_id
-        ends = [eos] if isinstance(eos, int) else list(eos or [])
+        pad, ends = target.generation_config.pad_token_id, _listed(target.generation_config.eos_token_id)
         attention_mask = input_ids != pad if pad is not None and pad not in ends else torch.ones_like(input_ids)
     elif not isinstance(attention_mask, torch.Tensor):
         raise ValueError(f"attention_mask: expected a tensor or None, got {type(attention_mask).__name__}")
@@ -396,16 +398,17 @@ def drafter_for(
     greedy = not isinstance(temperature, torch.Tensor) and temperature == 0
     if isinstance(draft, str) and draft == "ngram":
         draft = NgramDrafter(continuations=branching[0])
-    if isinstance(draft, PreTrainedModel):
-        require("draft", draft, attention)
-        widths = [model.config.get_text_config(decoder=True).vocab_size for model in (draft, target)]
-        if widths[0] != widths[1]:
-            raise ValueError(f"draft: expected the target's vocabulary of {widths[1]} tokens, got {widths[0]}")
-        proposal = proposal or ("point" if greedy else "without_replacement")
-        return ModelDrafter(draft, branching, proposal, attention, parents=parents)
-    if isinstance(draft, type) or not hasattr(draft, "propose"):
-        raise ValueError(f'draft: expected a model, a Drafter object or "ngram", got {draft!r}')
     wanted = proposal or ("point" if greedy else "without_replacement")
+    vocab = target.config.get_text_config(decoder=True).vocab_size
+    if isinstance(unwrapped(draft), PreTrainedModel):
+        require("draft", unwrapped(draft), attention)
+        drafter = ModelDrafter(draft, branching, wanted, attention, parents=parents)
+        drafter.check_vocab(vocab)
+        return drafter
+    if isinstance(draft, type) or not hasattr(draft, "propose"):
+        raise ValueError(f'draft: expected a model, a Drafter object or "ngram", got {_what(draft)}')
+    if isinstance(draft, ModelDrafter):
+        draft.check_vocab(vocab)
     if parents is not None:
         draft = draft.with_tree(parents, wanted)
     elif hasattr(draft, "with_branching"):
@@ -417,24 +420,85 @@ def drafter_for(
     return draft if isinstance(draft, Drafter) else Adapter(draft)
 
 
-def _sampling(temperature: Any, top_k: Any, top_p: Any, min_p: Any, device: torch.device) -> SamplingParams:
-    fields = (temperature, top_k, top_p, min_p)
-    return SamplingParams(*(f.to(device) if isinstance(f, torch.Tensor) else f for f in fields))
+def _sampling(temperature: Any, top_k: Any, top_p: Any, min_p: Any, batch: int, device: torch.device) -> SamplingParams:
+    fields = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    for name, value in fields.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        if value.shape not in ((), (batch,)) or value.dtype == torch.bool or value.is_complex():
+            raise ValueError(
+                f"{name}: expected a number or a tensor of numbers [{batch}], got {list(value.shape)} {value.dtype}"
+            )
+        fields[name] = value.to(device)
+    return SamplingParams(**fields)
 
 
-def _seeds(seed: int | Sequence[int], batch: int, device: torch.device) -> torch.Tensor:
-    seeds = [int(seed) + b for b in range(batch)] if isinstance(seed, Integral) else seed
-    if not isinstance(seeds, Sequence) or len(seeds) != batch or not all(isinstance(s, Integral) for s in seeds):
+def _seeds(seed: Any, batch: int, device: torch.device) -> torch.Tensor:
+    value = _plain(seed)
+    one = isinstance(value, Integral)
+    seeds = [value] * batch if one else _listed(value)
+    if len(seeds) != batch or any(isinstance(s, bool) or not isinstance(s, Integral) for s in seeds):
         raise ValueError(f"seed: expected a whole number or {batch} of them, got {seed!r}")
-    signed = [(int(s) + 2**63) % 2**64 - 2**63 for s in seeds]
+    signed = [(int(s) + one * b + 2**63) % 2**64 - 2**63 for b, s in enumerate(seeds)]
     return torch.tensor(signed, dtype=torch.int64, device=device)
 
 
-def _list_of(kind: Any, value: Any) -> Any:
+def _token_ids(name: str, given: Any, own: Any, vocab: int) -> list[int]:
+    """The caller's token ids, else the model's own, which are not bound to its vocabulary: -1 may stand for none."""
+    theirs = [check.whole(name, token, -(2**63)) for token in _listed(own)]
+    if given is None:
+        return theirs
+    low, high = min([0, *theirs]), max([vocab - 1, *theirs])
+    return [check.whole(name, token, low, high) for token in _listed(list(given) if isinstance(given, Set) else given)]
+
+
+def _plain(value: Any) -> Any:
+    """A tensor or an array as a number, or as a list of them."""
+    return value.tolist() if isinstance(value, (torch.Tensor, np.ndarray)) else value
+
+
+def _listed(value: Any) -> list[Any]:
+    """Nothing, one or several, as a list."""
+    value = _plain(value)
+    several = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    return [] if value is None else [_plain(one) for one in value] if several else [value]
+
+
+def _criteria(stopping_criteria: Any, stop_strings: Any, tokenizer: Any) -> StoppingCriteriaList:
+    """The criteria, and one more for the strings."""
+    criteria = _list_of("stopping_criteria", StoppingCriteriaList, stopping_criteria)
+    needed = ("__call__", "get_vocab", "convert_tokens_to_string")
+    _check_methods("tokenizer", tokenizer, "one of transformers' tokenizers", *needed)
+    strings = [stop_strings] if isinstance(stop_strings, str) else [] if stop_strings is None else stop_strings
+    if not isinstance(strings, (list, tuple, Set)) or not all(isinstance(one, str) and one for one in strings):
+        raise ValueError(f"stop_strings: expected a string or a list of them, none of them empty, got {stop_strings!r}")
+    if not strings:
+        return criteria
+    if tokenizer is None:
+        raise ValueError("stop_strings: expected a tokenizer beside them, got None")
+    return StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer=tokenizer, stop_strings=list(strings))])
+
+
+def _list_of(name: str, kind: Any, value: Any) -> Any:
     """`value` as transformers' list type: a list, a single item, or nothing."""
-    if value is None:
-        return kind()
-    return value if isinstance(value, kind) else kind(value if isinstance(value, (list, tuple)) else [value])
+    items = [] if value is None else value if isinstance(value, (list, tuple)) else [value]
+    for item in items:
+        if isinstance(item, type) or not callable(item):
+            expected = kind.__name__.removesuffix("List")
+            raise ValueError(f"{name}: expected a {expected}, a list of them or None, got {_what(item)}")
+    return value if isinstance(value, kind) else kind(items)
+
+
+def _check_methods(name: str, value: Any, expected: str, *methods: str) -> None:
+    """Raise unless `value` is None or an object with these methods."""
+    sound = not isinstance(value, type) and all(callable(getattr(value, method, None)) for method in methods)
+    if value is not None and not sound:
+        raise ValueError(f"{name}: expected {expected} or None, got {_what(value)}")
+
+
+def _what(value: Any) -> str:
+    """What came, in a few words, for an error: a model's own description has hundreds of lines."""
+    return repr(value) if value is None or isinstance(value, (bool, int, float, str, type)) else type(value).__name__
 
 
 def _tell(line: str) -> None:

@@ -11,11 +11,19 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .bundled import BUNDLED_DRAFTS
 from .drafters.feature import FeatureConfig, FeatureDrafter, FeatureModel
+from .drafters.model import ModelDrafter
 
 DATA = Path(__file__).parent / "data"
 WEIGHTS_FILE = "draft_int8.safetensors"
@@ -182,8 +190,12 @@ def dequantise(stored: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str,
 
 
 def load_draft(
-    name_or_path: str | Path, target: PreTrainedModel, *, dtype: torch.dtype | None = None
-) -> PreTrainedModel | FeatureDrafter:
+    name_or_path: str | Path,
+    target: PreTrainedModel,
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> PreTrainedModel | FeatureDrafter | ModelDrafter:
     """Load a draft for a target, on the target's device, ready for decoding (evaluation mode, no gradients).
 
     Args:
@@ -192,12 +204,15 @@ def load_draft(
         target: the model whose tokens will be drafted.
         dtype: of the draft; None: the target's, with which a draft of ours shares the target's embedding (it copies
             and casts it otherwise).
+        tokenizer: the target's. A model must then have the same one beside it, and its embedding may be padded to
+            another size. None: as many tokens as the target has are enough.
 
     Returns:
-        A model whose logits are as wide as the target's, or a drafter that reads the target's hidden states.
+        A model whose logits are as wide as the target's; a `ModelDrafter`, which takes the tree that `mcsd.generate` is
+        told, around a model for which they are not; or a drafter that reads the target's hidden states.
 
     Raises:
-        ValueError: the draft does not fit the target's vocabulary or embedding.
+        ValueError: the draft does not fit the target's vocabulary, tokenizer or embedding.
     """
     dtype = dtype or target.dtype
     folder = DATA / name_or_path if name_or_path in BUNDLED_DRAFTS else Path(name_or_path)
@@ -210,7 +225,43 @@ def load_draft(
             return FeatureDrafter(load_feature_model(folder, embedding))
         return SubVocabularyDraft.from_folder(folder, embedding)
     draft = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+    draft = draft.to(target.device).eval().requires_grad_(False)
     widths = [model.config.get_text_config().vocab_size for model in (draft, target)]
-    if widths[0] != widths[1]:
-        raise ValueError(f"draft: expected the target's vocabulary of {widths[1]}, {name_or_path} has {widths[0]}")
-    return draft.to(target.device).eval().requires_grad_(False)
+    if tokenizer is not None:
+        _check_tokenizers(tokenizer, name_or_path)
+        if widths[0] != widths[1]:
+            return ModelDrafter(draft, None, shared_vocab=min(widths))
+    elif widths[0] != widths[1]:
+        raise ValueError(
+            f"draft: expected the target's vocabulary of {widths[1]}, {name_or_path} has {widths[0]}; if they share a "
+            f"tokenizer and only padding differs, load_draft(..., tokenizer=tokenizer) takes it"
+        )
+    return draft
+
+
+def _check_tokenizers(tokenizer: PreTrainedTokenizerBase, draft: str | Path) -> None:
+    """Refuse a draft model whose token ids mean something else.
+
+    Raises:
+        ValueError: the vocabularies differ.
+    """
+    try:
+        other = AutoTokenizer.from_pretrained(draft)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"draft: {draft} has no tokenizer to compare with the target's ({reason}); "
+            "put the target's beside it if they share one"
+        ) from error
+    mine, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if mine == theirs:
+        return
+    differing = sorted(
+        (token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token)),
+        key=lambda token: (mine.get(token, len(mine)), token),
+    )
+    example = differing[0]
+    raise ValueError(
+        f"draft: expected the target's tokenizer, {draft} has another: {len(differing)} tokens differ, "
+        f"{example!r} is {mine.get(example, 'missing')} in the target and {theirs.get(example, 'missing')} in the draft"
+    )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 
@@ -152,15 +153,21 @@ def parents_of(branching: Sequence[int]) -> tuple[int, ...]:
     return tuple(parents)
 
 
+def _whole(numbers: Sequence[int]) -> tuple[int, ...]:
+    """Whole numbers of whatever integer type as a tuple; an empty one of anything else."""
+    listed = tuple(numbers) if isinstance(numbers, Sequence) and not isinstance(numbers, str) else ()
+    sound = all(isinstance(k, Integral) and not isinstance(k, bool) for k in listed)
+    return tuple(map(int, listed)) if sound else ()
+
+
 def check_parents(parents: Sequence[int]) -> tuple[int, ...]:
     """`parents` as a tuple.
 
     Raises:
         ValueError: they describe no tree with a child, or one of more than `LARGEST_TREE` nodes.
     """
-    numbers = tuple(parents) if isinstance(parents, Sequence) and not isinstance(parents, str) else ()
-    sound = len(numbers) > 1 and all(isinstance(p, int) and not isinstance(p, bool) for p in numbers)
-    if not sound or numbers[0] != -1 or any(not 0 <= p < node for node, p in enumerate(numbers[1:], 1)):
+    numbers = _whole(parents)
+    if len(numbers) < 2 or numbers[0] != -1 or any(not 0 <= p < node for node, p in enumerate(numbers[1:], 1)):
         raise ValueError(f"parents: expected -1 and then for each node the number of an earlier one, got {parents!r}")
     if len(numbers) > LARGEST_TREE:
         raise ValueError(f"parents: expected a tree of at most {LARGEST_TREE} nodes, got {len(numbers)}")
@@ -173,8 +180,8 @@ def check_branching(branching: Sequence[int]) -> tuple[int, ...]:
     Raises:
         ValueError: it is empty, an entry is below 1, or the tree has more than `LARGEST_TREE` nodes.
     """
-    factors = tuple(branching) if isinstance(branching, Sequence) else ()
-    if not factors or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in factors):
+    factors = _whole(branching)
+    if not factors or min(factors) < 1:
         raise ValueError(f"branching: expected one or more whole numbers >= 1, got {branching!r}")
     nodes = width = 1
     for k in factors:

@@ -12,9 +12,10 @@ import torch
 from transformers import PreTrainedModel, RepetitionPenaltyLogitsProcessor
 
 import mcsd
-from mcsd import Drafter, ModelDrafter, NgramDrafter, Proposal, State
+from mcsd import Drafter, MergedDrafter, ModelDrafter, NgramDrafter, Proposal, State
 from mcsd_kernels import SamplingParams, Status
 from tests.cases import PROPOSALS, RULES
+from tests.small_law import P, few, p_of, sample
 from tests.tiny import VOCAB, greedy, pad, perturbed, plain_logits, prompt, tiny
 
 PROMPTS = [prompt(17, 1), prompt(4, 2), prompt(9, 3)]
@@ -225,6 +226,87 @@ def test_a_narrow_draft_law_leaves_candidates_missing(llama: PreTrainedModel) ->
             llama, perturbed(llama), ids, mask, max_new_tokens=12, top_k=2, branching=(5, 3), proposal=proposal
         )
         assert found.stats.tokens == 36 and found.stats.status == [0, 0, 0]
+
+
+# A model with an embedding of another size
+
+
+def resized(model: PreTrainedModel, rows: int) -> PreTrainedModel:
+    """A copy with fewer tokens, or with more, which are the most probable ones everywhere."""
+    other = copy.deepcopy(model)
+    own = other.get_input_embeddings().weight.shape[0]
+    other.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for padding in range(own, rows):  # the ids that mean nothing draw in two directions
+            other.lm_head.weight[padding] = (-1) ** padding * 3 * other.lm_head.weight[:own].abs().mean(0)
+    return other
+
+
+SIZES = [
+    pytest.param(VOCAB - 20, VOCAB - 20, id="fewer-tokens"),
+    pytest.param(VOCAB + 20, VOCAB, id="more-tokens"),
+    pytest.param(VOCAB + 20, VOCAB - 20, id="more-tokens-of-padding"),
+    pytest.param(VOCAB, VOCAB - 20, id="as-many"),
+]
+
+
+@pytest.mark.parametrize(("rows", "shared"), SIZES)
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_a_draft_may_have_an_embedding_of_another_size(
+    proposal: str, rows: int, shared: int, llama: PreTrainedModel
+) -> None:
+    ids, mask = pad(PROMPTS)
+    assert int(ids.max()) >= VOCAB - 20, "the prompt has a token that the smaller draft does not know"
+    model = resized(perturbed(llama, 0.05), rows)
+    fed: list[int] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: fed.extend(args[0].flatten().tolist()))
+    drafted: list[int] = []
+
+    def observe(state: State, tree: Proposal, *_: Any) -> None:
+        drafted.extend(tree.tokens[:, 1:].flatten().tolist())
+
+    for rule in RULES:
+        drafter = ModelDrafter(model, (3, 2), proposal, shared_vocab=shared)
+        options: dict[str, Any] = {"max_new_tokens": 30, "rule": rule, "observer": observe}
+        found = mcsd.generate(llama, drafter, ids, mask, temperature=0.0, **options)
+        assert torch.equal(found.sequences, greedy(llama, ids, mask, 30))
+        assert found.stats.status == [0, 0, 0] and sum(found.stats.accepted_by_depth) > 5
+        found = mcsd.generate(llama, drafter, ids, mask, **options)
+        assert found.stats.status == [0, 0, 0] and sum(found.stats.accepted_by_depth) > 5
+    assert max(drafted) < shared and min(fed) >= 0 and max(fed) < rows
+
+
+@pytest.mark.parametrize(("rows", "shared"), [(4, 4), (7, 5), (7, 4)], ids=["fewer", "more", "more-of-padding"])
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_such_a_draft_leaves_the_law_alone(proposal: str, rows: int, shared: int) -> None:
+    drafter = ModelDrafter(resized(perturbed(few(), 0.5), rows), (2, 2), proposal, shared_vocab=shared)
+    found, stats = sample(drafter)
+    assert 0 < sum(stats.accepted_by_depth) < sum(stats.tested_by_depth)
+    assert p_of(found) > P
+
+
+def test_such_a_draft_takes_the_tree_that_generate_is_told(llama: PreTrainedModel) -> None:
+    ids, mask = pad(PROMPTS)
+    model = resized(perturbed(llama), VOCAB + 5)
+    told = ModelDrafter(model, None, shared_vocab=VOCAB)
+    found = mcsd.generate(llama, told, ids, mask, max_new_tokens=9, branching=(3, 2, 1), proposal="greedy")
+    own = ModelDrafter(model, (3, 2, 1), "greedy", shared_vocab=VOCAB)
+    assert torch.equal(found.sequences, mcsd.generate(llama, own, ids, mask, max_new_tokens=9).sequences)
+    assert len(found.stats.accepted_by_depth) == 3
+
+
+def test_another_size_must_be_meant(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = resized(llama, VOCAB + 5)
+    for shared in (0, -1, True, 2.0, "97"):
+        with pytest.raises(ValueError, match=r"^shared_vocab: expected a whole number >= 1"):
+            ModelDrafter(wide, shared_vocab=shared)  # type: ignore[arg-type]
+    for model, shared in ((wide, VOCAB + 1), (resized(llama, VOCAB - 5), VOCAB)):
+        most = min(VOCAB, model.config.vocab_size)
+        drafter = ModelDrafter(model, shared_vocab=shared)
+        with pytest.raises(ValueError, match=rf"^shared_vocab: expected a whole number in \[1, {most}\], got {shared}"):
+            mcsd.generate(llama, drafter, *pad(PROMPTS), max_new_tokens=3)
+    with pytest.raises(ValueError, match=r"^draft: expected the target's vocabulary of 97 tokens, got 102"):
+        mcsd.generate(llama, MergedDrafter([ModelDrafter(wide), NgramDrafter()]), *pad(PROMPTS), max_new_tokens=3)
 
 
 # Prompt lookup

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -514,6 +515,40 @@ def test_each_request_may_have_sampling_parameters_of_its_own(
     assert torch.equal(together[0], greedy(llama, ids, mask, NEW)[0, ids.shape[1] :])
 
 
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(torch.tensor([3, 4, 5]), id="tensor"),
+        pytest.param(torch.tensor([3, 4, 5], dtype=torch.int32), id="tensor-of-32-bits"),
+        pytest.param(np.array([3, 4, 5]), id="array"),
+        pytest.param([np.int64(3), torch.tensor(4), 5], id="all-kinds"),
+        pytest.param(np.int64(3), id="numpys-number"),
+        pytest.param(torch.tensor(3), id="tensor-without-axes"),
+    ],
+)
+def test_seeds_of_every_kind(seed: Any, llama: PreTrainedModel, draft: PreTrainedModel) -> None:
+    ids, mask = pad(PROMPTS)
+    found = mcsd.generate(llama, draft, ids, mask, max_new_tokens=5, seed=seed).sequences
+    assert torch.equal(found, mcsd.generate(llama, draft, ids, mask, max_new_tokens=5, seed=3).sequences)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8, torch.tensor], ids=lambda kind: kind.__name__)
+def test_numbers_of_every_kind(kind: Any, llama: PreTrainedModel, draft: PreTrainedModel) -> None:
+    ids, mask = pad(PROMPTS)
+    plain = {"temperature": 0.5, "top_p": 0.75, "min_p": 0.0625}  # exact in 16 bits
+    wanted = mcsd.generate(llama, draft, ids, mask, max_new_tokens=6, top_k=9, **plain).sequences
+    floats = {np.int64: np.float64, np.int32: np.float32, np.uint8: np.float16}.get(kind, kind)
+    given = {name: floats(value) for name, value in plain.items()}
+    found = mcsd.generate(llama, draft, ids, mask, max_new_tokens=kind(6), top_k=kind(9), **given)
+    assert torch.equal(found.sequences, wanted)
+
+
+def test_sampling_params_keep_python_numbers() -> None:
+    found = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(7), top_p=np.float16(0.5), min_p=np.int8(0))
+    assert found == SamplingParams(0.5, 7, 0.5, 0)
+    assert [type(value) for value in vars(found).values()] == [float, int, float, int]
+
+
 # Ends
 
 
@@ -593,6 +628,40 @@ def test_special_tokens_come_from_the_generation_configuration(draft: PreTrained
     model.generation_config.temperature, model.generation_config.do_sample = 5.0, True
     again = mcsd.generate(model, draft, ids, mask, max_new_tokens=NEW, temperature=0.0).sequences
     assert torch.equal(again, text)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(lambda ids: torch.tensor(ids), id="tensor"),
+        pytest.param(lambda ids: np.array(ids), id="array"),
+        pytest.param(set, id="set"),
+        pytest.param(tuple, id="tuple"),
+        pytest.param(lambda ids: [np.int64(ids[0]), torch.tensor(ids[1])], id="all-kinds"),
+    ],
+)
+def test_special_tokens_of_every_kind(kind: Any, llama: PreTrainedModel, draft: PreTrainedModel) -> None:
+    ids, mask = pad(PROMPTS)
+    free = greedy(llama, ids, mask, NEW)
+    ends = [int(free[0, ids.shape[1] + 3]), int(free[1, ids.shape[1] + 9])]
+    options: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 0.0}
+    wanted = mcsd.generate(llama, draft, ids, mask, eos_token_id=ends, pad_token_id=7, **options).sequences
+    assert (wanted[0, -1], wanted.shape) == (7, free.shape)
+    for pad_id in (np.int64(7), torch.tensor(7), torch.tensor([7])):
+        found = mcsd.generate(llama, draft, ids, mask, eos_token_id=kind(ends), pad_token_id=pad_id, **options)
+        assert torch.equal(found.sequences, wanted)
+    for one in (np.int64(ends[0]), torch.tensor(ends[0]), torch.tensor(ends[:1])):
+        found = mcsd.generate(llama, draft, ids, mask, eos_token_id=one, pad_token_id=7, **options)
+        assert torch.equal(found.sequences[0], wanted[0])
+
+
+def test_a_generation_configuration_may_say_none_by_a_negative_number(draft: PreTrainedModel) -> None:
+    model = tiny()
+    ids, mask = pad(PROMPTS)
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = -1
+    for own in ({}, {"eos_token_id": -1, "pad_token_id": -1}):  # as `TreeDecoding` hands them on
+        found = mcsd.generate(model, draft, ids, mask, max_new_tokens=9, temperature=0.0, **own)
+        assert torch.equal(found.sequences, greedy(tiny(), ids, mask, 9))
 
 
 class EndsWith(StoppingCriteria):
@@ -926,6 +995,39 @@ def test_broken_logits_end_their_request_alone(
     assert row[same + 1 :] == [blank] * (len(row) - same - 1), "at most a placeholder after what was sound"
 
 
+# Compiled models
+
+
+def test_a_model_in_the_wrapper_of_torch_compile_runs_compiled() -> None:
+    models_ = [tiny(num_hidden_layers=1), perturbed(tiny(num_hidden_layers=1))]
+    ids, mask = pad(PROMPTS[:1])
+    wanted = greedy(models_[0], ids, mask, 3)
+    ran: dict[str, int] = {}
+
+    def backend(name: str) -> Any:
+        def compiled(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+            def run(*arguments: Any) -> Any:
+                ran[name] = ran.get(name, 0) + 1
+                return graph.forward(*arguments)
+
+            return run
+
+        return compiled
+
+    names = ("target", "draft")
+    try:
+        target, draft = (torch.compile(m, backend=backend(n)) for m, n in zip(models_, names, strict=True))
+        target(ids), draft(ids)  # torch leaves marks of its own
+        before = [untouched(model) for model in models_]
+        ran.clear()
+        found = mcsd.generate(target, draft, ids, mask, max_new_tokens=3, temperature=0.0, branching=(2,))
+    finally:
+        torch.compiler.reset()
+    assert torch.equal(found.sequences, wanted) and set(ran) == set(names)
+    assert [untouched(model) for model in models_] == before
+    assert mcsd.check(target).ok
+
+
 # Callers' mistakes
 
 IDS, MASK = pad([PROMPTS[0]])
@@ -977,18 +1079,70 @@ IDS, MASK = pad([PROMPTS[0]])
         pytest.param({"seed": [1, 2]}, "seed", id="seeds-of-another-batch"),
         pytest.param({"seed": None}, "seed", id="no-seed"),
         pytest.param({"seed": 0.5}, "seed", id="seed-in-part"),
-        pytest.param({"eos_token_id": "</s>"}, "eos_token_id", id="eos-a-text"),
-        pytest.param({"eos_token_id": True}, "eos_token_id", id="eos-true"),
+        pytest.param({"seed": True}, "seed", id="seed-true"),
+        pytest.param({"seed": "1"}, "seed", id="seed-a-text"),
+        pytest.param({"seed": {1}}, "seed", id="seeds-without-order"),
+        pytest.param({"seed": torch.tensor([1, 2])}, "seed", id="seeds-of-another-batch-in-a-tensor"),
+        pytest.param({"seed": torch.tensor([1.0])}, "seed", id="float-seeds-in-a-tensor"),
+        pytest.param({"seed": torch.tensor([True])}, "seed", id="true-in-a-tensor-of-seeds"),
+        pytest.param({"max_new_tokens": np.float32(2.0)}, "max_new_tokens", id="numpys-float-new-tokens"),
+        pytest.param({"temperature": np.bool_(True)}, "temperature", id="numpys-true-temperature"),
+        pytest.param({"temperature": np.array([0.5, 0.5])}, "temperature", id="temperatures-in-an-array"),
+        pytest.param({"top_k": torch.tensor([True])}, "top_k", id="top-k-a-tensor-of-true"),
+        *(
+            pytest.param({name: value}, rf"^{name}: expected a whole number in \[0, 96\]", id=f"{name[:3]}-{case}")
+            for name in ("eos_token_id", "pad_token_id")
+            for case, value in {
+                "a-text": "</s>",
+                "bytes": b"ab",
+                "true": True,
+                "a-float": 2.0,
+                "a-dict": {3: 3},
+                "negative": -1,
+                "past-the-vocabulary": VOCAB,
+                "negative-in-a-list": [-1],
+                "none-in-a-list": [None],
+                "numpys-float": np.float32(2),
+                "a-tensor-of-floats": torch.tensor([2.0]),
+                "a-tensor-of-true": torch.tensor([True]),
+                "a-tensor-past-the-vocabulary": torch.tensor(VOCAB),
+                "a-tensor-of-two-axes": torch.tensor([[2]]),
+            }.items()
+        ),
+        pytest.param({"pad_token_id": [3, 4]}, "pad_token_id", id="pad-several"),
+        pytest.param({"pad_token_id": []}, "pad_token_id", id="pad-an-empty-list"),
+        *(
+            pytest.param({name: value}, rf"^{name}: expected .*, got {got}", id=f"{name}-{got}")
+            for name, kind in (("logits_processor", LogitsProcessor), ("stopping_criteria", StoppingCriteria))
+            for value, got in ((5, "5"), ("ab", "'ab'"), ([None], "None"), ([print, 0.5], "0.5"), (kind, "<class"))
+        ),
+        pytest.param({"callback": 5}, "^callback: expected a function or None, got 5", id="callback-a-number"),
+        pytest.param({"observer": []}, "^observer: expected a function or None, got list", id="observer-a-list"),
+        pytest.param({"streamer": print}, "^streamer: .*put and end.*, got builtin", id="streamer-a-function"),
+        pytest.param({"streamer": Collect}, "^streamer: .*put and end.*, got <class", id="streamer-a-class"),
+        pytest.param({"tokenizer": "gpt2"}, "^tokenizer: expected .*, got 'gpt2'", id="tokenizer-a-name"),
         pytest.param({"stop_strings": "."}, "stop_strings|tokenizer", id="stop-strings-without-tokenizer"),
+        pytest.param({"stop_strings": 5}, "^stop_strings", id="stop-strings-a-number"),
+        pytest.param({"stop_strings": ["a", 5]}, "^stop_strings", id="stop-strings-with-a-number"),
+        pytest.param({"stop_strings": ""}, "^stop_strings", id="stop-string-empty"),
+        pytest.param({"stop_strings": {"a": 1}}, "^stop_strings", id="stop-strings-a-dict"),
         pytest.param({"draft": "2-gram"}, "draft", id="unknown-drafter"),
         pytest.param({"draft": None}, "draft", id="no-drafter"),
         pytest.param({"draft": ModelDrafter}, "draft", id="a-class-as-drafter"),
         pytest.param({"draft": "ngram", "proposal": "greedy"}, "proposal", id="proposal-against-the-drafters"),
         pytest.param({"draft": Always([3]), "proposal": "greedy"}, "proposal", id="proposal-against-a-drafters"),
         pytest.param({"target": "llama"}, "target", id="target-a-name"),
+        pytest.param({"draft": torch.nn.Linear(3, 3)}, "^draft: .*, got Linear$", id="a-module-as-drafter"),
     ],
 )
-def test_mistakes_are_named(options: dict[str, Any], name: str, llama: PreTrainedModel, draft: PreTrainedModel) -> None:
+def test_mistakes_are_named(
+    options: dict[str, Any],
+    name: str,
+    llama: PreTrainedModel,
+    draft: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mcsd.decode.Scorer", lambda *_: pytest.fail("a model was about to run"))
     arguments: dict[str, Any] = {
         "target": llama,
         "draft": draft,
@@ -1001,6 +1155,32 @@ def test_mistakes_are_named(options: dict[str, Any], name: str, llama: PreTraine
     with pytest.raises(ValueError, match=name):
         mcsd.generate(**arguments)
     assert untouched(llama) == before
+
+
+@pytest.mark.parametrize(
+    ("result", "got"),
+    [
+        pytest.param(lambda scores: scores[0], r"\[97\]", id="one-axis"),
+        pytest.param(lambda scores: scores[:, :-1], r"\[1, 96\]", id="a-token-less"),
+        pytest.param(lambda scores: scores.sum(), r"\[\]", id="a-number"),
+        pytest.param(lambda scores: None, "None", id="nothing"),
+        pytest.param(lambda scores: scores.numpy(), "ndarray", id="an-array"),
+    ],
+)
+def test_a_logits_processor_must_return_what_it_got(
+    result: Any, got: str, llama: PreTrainedModel, draft: PreTrainedModel
+) -> None:
+    before = untouched(llama), untouched(draft)
+    with pytest.raises(ValueError, match=rf"^logits_processor: expected logits \[1, 97\] back, got {got}$"):
+        mcsd.generate(llama, draft, IDS, MASK, logits_processor=lambda ids, scores: result(scores))
+    assert (untouched(llama), untouched(draft)) == before
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_a_compiled_module_that_is_no_model_is_refused(role: str, llama: PreTrainedModel) -> None:
+    models_: dict[str, Any] = {"target": llama, "draft": llama, role: torch.compile(torch.nn.Linear(3, 3))}
+    with pytest.raises(ValueError, match=rf"^{role}: .*, got OptimizedModule$"):
+        mcsd.generate(**models_, input_ids=IDS, attention_mask=MASK)
 
 
 def test_unknown_arguments_are_errors(llama: PreTrainedModel) -> None:
@@ -1017,8 +1197,10 @@ def test_a_streamer_wants_a_batch_of_one(llama: PreTrainedModel) -> None:
 
 
 def test_another_vocabulary_is_refused(llama: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match=r"draft.*97.*96"):
-        mcsd.generate(llama, tiny(vocab_size=96), IDS, MASK, max_new_tokens=3)
+    other = tiny(vocab_size=96)
+    for draft in (other, ModelDrafter(other, (2,))):
+        with pytest.raises(ValueError, match=r"^draft.*97.*96.*shared_vocab=96"):
+            mcsd.generate(llama, draft, IDS, MASK, max_new_tokens=3)
 
 
 @pytest.mark.parametrize("role", ["target", "draft"])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_folders import save_model, save_tokenizer
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -25,7 +26,10 @@ from mcsd.draft_model import (
     dequantise,
     load_draft,
 )
+from mcsd.drafters import ModelDrafter
 from mcsd.gguf_conversion import LAYER_TENSORS, convert_gguf
+from mcsd.pairs import Pair
+from mcsd.settings import Settings
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["a b", "ab c", "Ċ Ċ", "1 2"]
@@ -394,6 +398,25 @@ def test_any_causal_model_can_draft_if_the_vocabulary_fits(tmp_path: Path) -> No
     assert load_draft(str(tmp_path), tiny_model()).dtype == torch.float32
     with pytest.raises(ValueError, match="draft: expected the target's vocabulary of 65"):
         load_draft(str(tmp_path), tiny_model(vocab_size=65))
+
+
+@pytest.mark.parametrize("vocab", [250, 300])
+def test_a_draft_with_the_targets_tokenizer_may_have_another_size(vocab: int, tmp_path: Path) -> None:
+    folders = {"target": save_model(tmp_path / "target", 0), "draft": save_model(tmp_path / "draft", 1, vocab=vocab)}
+    target, tokenizer = models.load_target(str(folders["target"]), dtype="float32")
+    draft = load_draft(folders["draft"], target, tokenizer=tokenizer)
+    assert isinstance(draft, ModelDrafter) and draft.shared_vocab == min(vocab, 257)
+    ids = tokenizer("Hello", return_tensors="pt").input_ids
+    found = mcsd.generate(target, draft, ids, branching=(2,), max_new_tokens=9, temperature=0.0)
+    assert torch.equal(found.sequences, target.generate(ids, max_new_tokens=9, do_sample=False, pad_token_id=0))
+    assert len(found.stats.accepted_by_depth) == 1
+    paths = {name: str(folder) for name, folder in folders.items()}
+    pair = Pair(Settings(**paths, branching="3,1", dtype="float32", temperature=0.0, max_new_tokens=9, chat=False))
+    assert pair.run("Hello").tokens == found.sequences[0, ids.shape[1] :].tolist()
+    assert pair.drafter.branching == (3, 1) and pair.drafter.proposal == "point"
+    save_tokenizer(folders["draft"], swapped=True)
+    with pytest.raises(ValueError, match="draft: expected the target's tokenizer"):
+        load_draft(folders["draft"], target, tokenizer=tokenizer)
 
 
 # ---- the bundled pair

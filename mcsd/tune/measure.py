@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from mcsd_kernels import SamplingParams, Verified
 
+from ..checking import unwrapped
 from ..decode import generate
 from ..diagnostics import draft_logits_of, laws, with_replacement_stages
 from ..drafters import Drafter, ModelDrafter, Proposal, State
@@ -242,10 +243,10 @@ def tree_drafter(draft: Any, parents: Sequence[int], proposal: str, attention: s
     Raises:
         ValueError: the drafter's tree is its own.
     """
-    if isinstance(draft, PreTrainedModel):
+    if isinstance(unwrapped(draft), PreTrainedModel):
         return ModelDrafter(draft, proposal=proposal, attention=attention, parents=parents)
     if not hasattr(draft, "with_tree"):
-        raise ValueError(f"draft: expected a model, whose trees can be chosen, got {draft!r}")
+        raise ValueError(f"draft: expected a model, whose trees can be chosen, got {type(draft).__name__}")
     found: Drafter = draft.with_tree(parents, proposal)
     return found
 
