@@ -134,9 +134,10 @@ class Results:
 
     One process writes to the file itself. Several write to a part each, `NAME.part-RANK`, and whoever finds all prompts
     done puts the parts together in the order of the prompts and removes them; that may happen twice at once, with the
-    same outcome. What any file holds counts as done, however many processes wrote it. A last line without its end
-    (a run was killed while writing it) is removed, so that its prompt is done again. A prompt that cannot be done has
-    a row, too, with an "error" in place of a text.
+    same outcome. What any file holds counts as done, however many processes wrote it, and in whatever order; once all
+    prompts are done, their rows are in the order of the prompts. A last line without its end (a run was killed while
+    writing it) is removed, so that its prompt is done again. A prompt that cannot be done has a row, too, with an
+    "error" in place of a text.
 
     Args:
         path: None: standard output.
@@ -200,7 +201,7 @@ class Results:
             self.failed.add(prompt.id)
 
     def finish(self) -> bool:
-        """Put the parts together if all prompts are done; returns whether the file is complete."""
+        """Put parts together and rows in order if all prompts are done; returns whether the file is complete."""
         if self.path is None:
             return True
         parts = self._parts()
@@ -210,10 +211,11 @@ class Results:
             lines |= self._read(file)
         if self._texts.keys() - lines.keys():
             return False
-        if not parts and self._own == self.path:
+        order = {prompt.id: prompt.index for prompt in self._prompts}
+        places = [order[name] for name in lines if name in order]
+        if not parts and self._own == self.path and places == sorted(places):
             self._remove(self._beside("whole"))  # of a process that was killed after another had done its work
             return True
-        order = {prompt.id: prompt.index for prompt in self._prompts}
         rows = sorted(lines.items(), key=lambda item: order.get(item[0], len(order)))
         whole = self.path.with_name(f"{self.path.name}.whole-{self.share.rank}")
         with suppress(FileNotFoundError):  # another process has just cleared it away, with a whole file of its own

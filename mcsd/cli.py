@@ -20,10 +20,13 @@ from .settings import Settings
 
 if TYPE_CHECKING:
     from .batch import Prompt, Share
+    from .inspection import Step
     from .pairs import Pair, Run
     from .profile import Profile
+    from .screen import Captures
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
+BATCH_SIZE = 8
 
 # Of several kinds, since what a draft gets right depends on the text.
 BENCH_PROMPTS = (
@@ -150,6 +153,17 @@ def generate(
             "Under torchrun each process does its share.",
         ),
     ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Prompts of --batch-file that are decoded together. In float32 no text depends on it.",
+            show_default=f"{BATCH_SIZE}, or 1 with --compare",
+        ),
+    ] = None,
+    graphs: Annotated[
+        bool, typer.Option("--graphs/--no-graphs", help="Capture steps as CUDA graphs and replay them.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Generate text: it streams, and a table at the end says what was accepted and how fast it was."""
@@ -157,9 +171,14 @@ def generate(
         raise ValueError("prompt: expected either PROMPT or --batch-file")
     if batch_file is None and output is not None:
         raise ValueError("output: only --batch-file writes to a file; redirect stdout instead")
+    if batch_file is None and batch_size is not None:
+        raise ValueError("batch_size: only --batch-file has several prompts to decode together")
+    if compare and batch_size is not None and batch_size > 1:
+        raise ValueError(f"batch_size: expected 1 beside --compare, which takes prompts in turn, got {batch_size}")
     if prompt is not None:
         _check_prompt(prompt, settings)
     from .batch import Share, check_output, read_prompts
+    from .screen import Captures
 
     prompts = read_prompts(batch_file) if batch_file else []
     share = Share.of_environment() if prompts else Share()
@@ -167,19 +186,22 @@ def generate(
     if share.count > 1:
         settings = _on_own_device(settings, share.local)
         as_json = as_json or share.rank > 0  # one process talks
-    pair = _load(settings, quiet=as_json)
-    if prompts:
-        _batch(pair, prompts, output, compare, share, quiet=as_json)
-    elif as_json:
-        if compare:
-            pair.warm_up(pair.encode(prompt or ""))
-        run = pair.run(prompt or "")
-        if compare:
-            pair.compare(run)
-        _print_json({**run.as_dict(), "settings": pair.describe(), "threads": _threads()})
-        _leave(run)
-    else:
-        _interactive(pair, prompt or "", compare)
+    pair = _load(settings, quiet=as_json, graphs=graphs)
+    with Captures(quiet=share.rank > 0) as captures:
+        if prompts:
+            size = batch_size or (1 if compare else BATCH_SIZE)
+            _batch(pair, prompts, output, size, compare, share, captures, quiet=as_json)
+        elif as_json:
+            if compare:
+                pair.warm_up(pair.encode(prompt or ""))
+            run = pair.run(prompt or "")
+            if compare:
+                pair.compare(run)
+            captures.tell()
+            _print_json({**run.as_dict(), "settings": pair.describe(), "threads": _threads()})
+            _leave(run)
+        else:
+            _interactive(pair, prompt or "", compare, captures)
 
 
 def _check_prompt(prompt: str, settings: Settings) -> None:
@@ -188,7 +210,7 @@ def _check_prompt(prompt: str, settings: Settings) -> None:
         raise ValueError(f"prompt: expected some text, got {prompt!r}; --raw takes it as it is")
 
 
-def _interactive(pair: Pair, prompt: str, compare: bool) -> None:
+def _interactive(pair: Pair, prompt: str, compare: bool, captures: Captures) -> None:
     from .screen import Stream, complaints, stderr, summary, waiting
 
     console = stderr()
@@ -200,6 +222,7 @@ def _interactive(pair: Pair, prompt: str, compare: bool) -> None:
     if compare:
         with waiting("plain decoding"):
             pair.compare(run)
+    captures.tell()
     console.print()
     console.print(summary(run))
     if run.plain and pair.settings.temperature == 0:
@@ -229,7 +252,16 @@ def _on_own_device(settings: Settings, local: int) -> Settings:
     return replace(settings, device=f"cuda:{local % torch.cuda.device_count()}")
 
 
-def _batch(pair: Pair, prompts: list[Prompt], output: Path | None, compare: bool, share: Share, quiet: bool) -> None:
+def _batch(
+    pair: Pair,
+    prompts: list[Prompt],
+    output: Path | None,
+    size: int,
+    compare: bool,
+    share: Share,
+    captures: Captures,
+    quiet: bool,
+) -> None:
     from .batch import Results
     from .screen import complaints, stderr, waiting
 
@@ -246,24 +278,34 @@ def _batch(pair: Pair, prompts: list[Prompt], output: Path | None, compare: bool
         if compare and todo:
             with waiting("warming up", quiet):
                 pair.warm_up(pair.encode(BENCH_PROMPTS[0]))
-        for number, prompt in enumerate(todo, 1):
-            if reason := _refusal(pair, prompt):
-                results.write(prompt, {"prompt": prompt.text, "error": reason})
-                _tell(f"id {prompt.id!r}: {reason}")
-                continue
-            with waiting(f"prompt {number} of {len(todo)}", quiet):
-                run = pair.run(prompt.text, seed=pair.settings.seed + prompt.index)
+        for first in range(0, len(todo), size):
+            some = todo[first : first + size]
+            refused = {prompt.id: reason for prompt in some if (reason := _refusal(pair, prompt))}
+            last = first + len(some)
+            numbers = f"prompt {last}" if len(some) == 1 else f"prompts {first + 1} to {last}"
+            with waiting(f"{numbers} of {len(todo)}", quiet) as say:
+                runs = _together(pair, [prompt for prompt in some if prompt.id not in refused], say)
                 if compare:
-                    pair.compare(run)
-            if run.stats.interrupted:
+                    for run in runs.values():
+                        pair.compare(run)
+            captures.tell()
+            under_way = [prompt.id for prompt in some if prompt.id in runs and runs[prompt.id].stats.interrupted]
+            for prompt in some:
+                if prompt.id in refused:
+                    results.write(prompt, {"prompt": prompt.text, "error": refused[prompt.id]})
+                    _tell(f"id {prompt.id!r}: {refused[prompt.id]}")
+                elif prompt.id not in under_way:
+                    run = runs[prompt.id]
+                    results.write(prompt, run.as_dict())
+                    for line in complaints(run):
+                        _tell(f"id {prompt.id!r}: {line}")
+                    tokens, calls = tokens + run.stats.tokens, calls + run.stats.target_calls
+                    seconds += run.seconds / run.batch_size
+                    plain_seconds += run.plain.seconds if run.plain else 0.0
+            if under_way:
                 if not quiet:
-                    _tell(f"interrupted at id {prompt.id!r}; what came before it is written")
-                _leave(run)
-            results.write(prompt, run.as_dict())
-            for line in complaints(run):
-                _tell(f"id {prompt.id!r}: {line}")
-            tokens, calls, seconds = tokens + run.stats.tokens, calls + run.stats.target_calls, seconds + run.seconds
-            plain_seconds += run.plain.seconds if run.plain else 0.0
+                    _tell(f"interrupted at id {under_way[0]!r}; what was finished is written")
+                raise typer.Exit(INTERRUPTED)
         whole = results.finish()
     if not quiet and share.count > 1:
         said = f"{output} is complete" if whole else "the other processes have prompts left"
@@ -273,7 +315,8 @@ def _batch(pair: Pair, prompts: list[Prompt], output: Path | None, compare: bool
         beside = f" · {plain_seconds / max(seconds, 1e-9):.2f} × plain decoding" if plain_seconds else ""
         console.print(
             f"{len(todo)} prompt{'s' * (len(todo) != 1)} · {tokens} tokens · "
-            f"{tokens / max(calls, 1):.2f} tokens per target call · {tokens / max(seconds, 1e-9):.1f} tokens/s{beside}",
+            f"{tokens / max(calls, 1):.2f} tokens per target call · {tokens / max(seconds, 1e-9):.1f} tokens/s"
+            f"{f', up to {size} prompts together' if size > 1 else ''}{beside}",
             style="dim",
             soft_wrap=True,
         )
@@ -283,12 +326,24 @@ def _batch(pair: Pair, prompts: list[Prompt], output: Path | None, compare: bool
         raise typer.Exit(FAILED)
 
 
+def _together(pair: Pair, prompts: list[Prompt], say: Callable[[str], None]) -> dict[str | int, Run]:
+    """Runs by the id of their prompt, whose place in the file gives its seed."""
+    if not prompts:
+        return {}
+    texts, seeds = [prompt.text for prompt in prompts], [pair.settings.seed + prompt.index for prompt in prompts]
+    runs = pair.run_together(texts, seeds, lambda stats: say(f"{stats.tokens} tokens"))
+    return {prompt.id: run for prompt, run in zip(prompts, runs, strict=True)}
+
+
 def _refusal(pair: Pair, prompt: Prompt) -> str | None:
     """Why this one prompt of a file cannot be continued, whatever becomes of the others."""
     try:
-        length = pair.encode(prompt.text).shape[1]
+        ids = pair.encode(prompt.text)
     except ValueError as error:
         return " ".join(str(error).split())
+    length, vocab = ids.shape[1], pair.target.get_input_embeddings().weight.shape[0]
+    if (largest := int(ids.max())) >= vocab:
+        return f"prompt: token {largest} is none of the model's {vocab}"
     positions = getattr(pair.target.config.get_text_config(decoder=True), "max_position_embeddings", None) or 0
     new = pair.settings.max_new_tokens
     if new < positions < length + new:
@@ -328,7 +383,7 @@ def inspect(
     from .inspection import inspect_steps
 
     with Recorder(pair.drafter.proposal, record, {"prompt": prompt, **pair.describe()}) as recorder:
-        recorded = inspect_steps(
+        recorded, stats = inspect_steps(
             pair.target,
             pair.drafter,
             pair.encode(prompt),
@@ -344,7 +399,13 @@ def inspect(
         shown = [step.as_dict() for step in recorded]
         settings_row = pair.describe()
         _print_json({"prompt": prompt, "settings": settings_row, "steps": shown, "diagnostics": recorder.summary()})
-        return
+    elif recorded:
+        _show_steps(recorded, recorder.summary(), trees, coins)
+    if stats.interrupted:
+        raise KeyboardInterrupt
+
+
+def _show_steps(recorded: list[Step], summary: dict[str, Any], trees: bool, coins: bool) -> None:
     from .screen import diagnostics_line, diagnostics_table, stdout, step_line, step_tree
 
     console = stdout()
@@ -355,8 +416,8 @@ def inspect(
     if trees:
         console.print("✓ accepted  ✗ rejected  · never tested  → drawn at the end;  p target, q draft", style="dim")
         console.print()
-    console.print(diagnostics_table(recorder.summary()))
-    console.print(diagnostics_line(recorder.summary()), style="dim")
+    console.print(diagnostics_table(summary))
+    console.print(diagnostics_line(summary), style="dim")
 
 
 @app.command()
@@ -435,7 +496,9 @@ def _tuned(pair: Pair, texts: list[str], nodes: int, depth: int, width: int, qui
 
     settings = pair.settings
     proposals = [settings.proposal.value] if settings.proposal else None
-    draft = pair.drafter.model if type(pair.drafter) is ModelDrafter else pair.drafter
+    draft: Any = pair.drafter
+    if type(draft) is ModelDrafter and draft.shared_vocab is None:
+        draft = draft.model
     with Progress(quiet) as progress:
         return search(
             pair.target,
@@ -545,14 +608,14 @@ def _bench_row(prompt: str | None, runs: list[Run]) -> dict[str, Any]:
     }
 
 
-def _load(settings: Settings, quiet: bool, tree: bool = True) -> Pair:
+def _load(settings: Settings, quiet: bool, tree: bool = True, graphs: bool = False) -> Pair:
     """Load the models; says what runs unless `quiet`, and `tree` or not, see `header`."""
     from .screen import header, stderr, waiting
 
     with waiting(f"loading {settings.target}", quiet):
         from .pairs import Pair
 
-        pair = Pair(settings)
+        pair = Pair(settings, graphs)
     if not quiet:
         for line in header(pair, _threads(), tree):
             stderr().print(line, style="dim", soft_wrap=True)

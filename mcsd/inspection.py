@@ -15,6 +15,7 @@ from mcsd_kernels.reference import Law, row_law
 from .decode import generate
 from .diagnostics import Recorder, draft_logits_of
 from .drafters import Drafter, Proposal, State
+from .stats import Stats
 from .step import coins_of
 
 
@@ -100,7 +101,7 @@ def inspect_steps(
     rule: str = "recursive",
     recorder: Recorder | None = None,
     **options: Any,
-) -> list[Step]:
+) -> tuple[list[Step], Stats]:
     """Generate, and record the first steps.
 
     Args:
@@ -108,13 +109,13 @@ def inspect_steps(
         drafter: where the trees come from.
         input_ids: `[1, length]` int64.
         decode: tokens to text.
-        steps: how many; fewer come if the text ends before.
+        steps: how many; fewer come if the text ends before, or someone presses Ctrl-C.
         rule: as for `mcsd.generate`.
         recorder: gets the same steps, for diagnostics.
         options: further arguments of `mcsd.generate`.
 
     Returns:
-        the steps, as that generation took them.
+        the steps, as that generation took them, and its statistics, which say whether it was interrupted.
 
     Raises:
         ValueError: as `mcsd.generate`.
@@ -134,9 +135,7 @@ def inspect_steps(
         stopping_criteria=enough,
         **options,
     )
-    if generation.stats.interrupted:
-        raise KeyboardInterrupt
-    return seen.steps
+    return seen.steps, generation.stats
 
 
 class _Steps:
@@ -148,8 +147,6 @@ class _Steps:
 
     def observe(self, state: State, tree: Proposal, logits: torch.Tensor, verified: Verified) -> None:
         """One step, as `mcsd.generate` hands it to its observer."""
-        if self.recorder is not None:
-            self.recorder.observe(state, tree, logits, verified)
         tokens = tree.tokens[0].tolist()
         parents = tree.parents.reshape(-1, len(tokens))[0].tolist()
         ways: dict[int, tuple[int, ...]] = {0: ()}
@@ -157,7 +154,10 @@ class _Steps:
             if parents[node] in ways:
                 ways[node] = (*ways[parents[node]], tokens[node])
         coins = coins_of(state, tree)[0].tolist()
-        self.steps.append(self._step(state, tree, tokens, parents, ways, logits[0], coins, verified))
+        step = self._step(state, tree, tokens, parents, ways, logits[0], coins, verified)
+        if self.recorder is not None:
+            self.recorder.observe(state, tree, logits, verified)
+        self.steps.append(step)  # last: Ctrl-C may come anywhere before, and then there is no such step
 
     def _step(
         self,

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +14,22 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from mcsd_kernels import SamplingParams
+from mcsd_kernels import SamplingParams, Verified
 
 from .adaptive import AdaptiveDrafter
 from .bundled import BUNDLED_DRAFTS, DEFAULT_TARGET
-from .decode import drafter_for, generate
-from .draft_model import WEIGHTS_FILE, load_draft
-from .drafters import Drafter, LevelDrafter, NgramDrafter
+from .decode import Generation, drafter_for, generate
+from .draft_model import load_draft
+from .drafters import Drafter, LevelDrafter, NgramDrafter, Proposal, State
 from .models import load_target
 from .plain import plain_decoding
 from .settings import DEFAULT_BRANCHING, NGRAM, OTHER_BRANCHING, Settings
 from .stats import Stats
+from .step import pack
 from .trees import StaticTree
 
 
@@ -65,9 +67,11 @@ class Run:
         seed: of this prompt.
         tokens: the continuation.
         text: the same, without special tokens.
-        stats: of the generation.
+        stats: of the generation. Where several prompts shared it, the prompt's own: a target call is one that it took
+            part in; but `Stats.seconds` are of all.
         seconds: of the whole generation, without the time that the screen took.
         plain: plain decoding beside it, if asked for.
+        batch_size: prompts that shared the generation. The speeds of its runs add up to that of the whole.
     """
 
     prompt: str
@@ -77,6 +81,7 @@ class Run:
     stats: Stats
     seconds: float
     plain: Plain | None = None
+    batch_size: int = 1
 
     @property
     def speed(self) -> float:
@@ -104,6 +109,7 @@ class Run:
             "seed": self.seed,
             "seconds": round(self.seconds, 6),
             "tokens_per_second": round(self.speed, 3),
+            "batch_size": self.batch_size,
             "stats": stats,
         }
         if self.plain:
@@ -117,18 +123,50 @@ class Run:
         return row
 
 
+class _Requests:
+    """Takes down what became of each request of a batch; an observer and a callback of `generate`."""
+
+    def __init__(self, count: int) -> None:
+        self.active = [True] * count
+        self.texts: list[list[int]] | None = None
+        self._steps: list[tuple[list[bool], torch.Tensor]] = []
+
+    def observe(self, state: State, tree: Proposal, logits: torch.Tensor, verified: Verified) -> None:
+        """A step, which is read at the end: to read it now would wait for the device."""
+        self._state, self.texts = state, state.sequences
+        self._steps.append((list(state.active), pack(verified, tree)))
+
+    def stepped(self) -> None:
+        """The step is over."""
+        self.active = list(self._state.active)
+
+    def stats(self, shared: Stats) -> list[Stats]:
+        """Each request's own, but for the seconds."""
+        found = [Stats(seconds=shared.seconds, status=[bits]) for bits in shared.status]
+        for active, packed in self._steps:
+            for stats, was_active, (length, _, more, *_) in zip(found, active, packed.tolist(), strict=True):
+                if was_active:
+                    stats.target_calls += 1
+                    stats.request_calls += 1
+                    stats.count(length - 1, length - 1 + more)
+        for stats, active_still in zip(found, self.active, strict=True):
+            stats.interrupted = shared.interrupted and active_still
+        return found
+
+
 class Pair:
     """A target, its tokenizer and a drafter, with the settings of a run.
 
     Args:
         settings: what was asked for.
+        graphs: as for `mcsd.generate`.
 
     Raises:
         ValueError: something does not exist or does not fit.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, graphs: bool = False) -> None:
+        self.settings, self.graphs = settings, graphs
         self.device = resolve_device(settings.device)
         SamplingParams(**self.sampling())  # refuses what is out of range before anything is loaded
         with quiet_transformers(), loading("target", settings.target):
@@ -137,8 +175,7 @@ class Pair:
         draft: PreTrainedModel | Drafter | str = NGRAM
         if self.draft_name != NGRAM:
             with quiet_transformers(), loading("draft", self.draft_name):
-                draft = load_draft(self.draft_name, self.target)
-                _check_tokenizers(self.tokenizer, self.draft_name)
+                draft = load_draft(self.draft_name, self.target, tokenizer=self.tokenizer)
         slow = self.device.type == "cpu" and self.draft_name in BUNDLED_DRAFTS
         branching = settings.factors or (DEFAULT_BRANCHING if slow else OTHER_BRANCHING)
         proposal = settings.proposal.value if settings.proposal else None
@@ -241,18 +278,7 @@ class Pair:
         watched = watcher.seconds if watcher else 0.0
         callback: Callable[[Stats], None] | None = watcher.progress if watcher else None
         start = time.perf_counter()
-        generation = generate(
-            self.target,
-            self.drafter,
-            ids,
-            torch.ones_like(ids),
-            max_new_tokens=self.settings.max_new_tokens,
-            seed=seed,
-            rule=self.settings.chosen_rule,
-            streamer=watcher,
-            callback=callback,
-            **self.sampling(),
-        )
+        generation = self._generate(ids, torch.ones_like(ids), seed=seed, streamer=watcher, callback=callback)
         tokens = generation.sequences[0, ids.shape[1] :].tolist()
         seconds = time.perf_counter() - start
         stats = generation.stats
@@ -261,6 +287,48 @@ class Pair:
             seconds -= watched
             stats.seconds["other"] = max(stats.seconds.get("other", 0.0) - watched, 0.0)
         return Run(prompt, seed, tokens, self.decode(tokens), stats, seconds)
+
+    def run_together(
+        self, prompts: Sequence[str], seeds: Sequence[int], callback: Callable[[Stats], None] | None = None
+    ) -> list[Run]:
+        """Continue prompts in one generation; interrupted, the runs that were under way hold what there is.
+
+        Args:
+            prompts: texts.
+            seeds: one each.
+            callback: called with the running `Stats` of all after every step.
+
+        Raises:
+            ValueError: as `encode`.
+            RuntimeError: they do not fit in memory together.
+        """
+        rows = [self.encode(prompt)[0] for prompt in prompts]
+        ids, mask = (pad_sequence(some, batch_first=True) for some in (rows, [torch.ones_like(row) for row in rows]))
+        requests = _Requests(len(rows))
+
+        def stepped(stats: Stats) -> None:
+            requests.stepped()
+            if callback is not None:
+                callback(stats)
+
+        start = time.perf_counter()
+        try:
+            shared = self._generate(ids, mask, seed=seeds, callback=stepped, observer=requests.observe).stats
+        except RuntimeError as error:
+            out_of_memory = isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+            if len(rows) == 1 or not out_of_memory:
+                raise
+            raise RuntimeError(
+                f"batch_size: {len(rows)} prompts do not fit in memory together, ask for fewer ({_first_line(error)})"
+            ) from error
+        seconds = time.perf_counter() - start
+        texts = requests.texts or [row.tolist() for row in rows]
+        runs = []
+        for prompt, seed, row, text, stats in zip(prompts, seeds, rows, texts, requests.stats(shared), strict=True):
+            tokens = text[len(row) :]
+            stats.tokens = len(tokens)
+            runs.append(Run(prompt, seed, tokens, self.decode(tokens), stats, seconds, batch_size=len(rows)))
+        return runs
 
     def compare(self, run: Run) -> None:
         """Put plain decoding of as many tokens beside a run, unless the user wants to leave."""
@@ -282,18 +350,16 @@ class Pair:
 
     def warm_up(self, ids: torch.Tensor, tokens: int = 4) -> None:
         """A few tokens of both kinds of decoding, so that neither is charged for what only happens once."""
-        generation = generate(
-            self.target,
-            self.drafter,
-            ids,
-            torch.ones_like(ids),
-            max_new_tokens=min(tokens, self.settings.max_new_tokens),
-            rule=self.settings.chosen_rule,
-            **self.sampling(),
-        )
+        tokens = min(tokens, self.settings.max_new_tokens)
+        generation = self._generate(ids, torch.ones_like(ids), max_new_tokens=tokens)
         if generation.stats.interrupted:
             raise KeyboardInterrupt
-        self.plain(ids, min(tokens, self.settings.max_new_tokens))
+        self.plain(ids, tokens)
+
+    def _generate(self, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> Generation:
+        options = {"max_new_tokens": self.settings.max_new_tokens, **self.sampling(), **options}
+        rule = self.settings.chosen_rule
+        return generate(self.target, self.drafter, ids, mask, rule=rule, graphs=self.graphs, **options)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -346,35 +412,6 @@ def loading(role: str, name: str) -> Iterator[None]:
         if re.match(r"[a-z_]+: ", str(error)):  # one of ours, which names its argument
             raise
         raise ValueError(f"{role}: cannot load {name}: {_first_line(error)}") from error
-
-
-def _check_tokenizers(tokenizer: PreTrainedTokenizerBase, draft: str) -> None:
-    """Refuse a draft model whose token ids mean something else.
-
-    Raises:
-        ValueError: the vocabularies differ.
-    """
-    if draft in BUNDLED_DRAFTS or (Path(draft) / WEIGHTS_FILE).is_file():
-        return  # made for the target; the shape of the embedding was checked
-    try:
-        other = AutoTokenizer.from_pretrained(draft)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"draft: {draft} has no tokenizer to compare with the target's ({_first_line(error)}); "
-            "put the target's beside it if they share one"
-        ) from error
-    mine, theirs = tokenizer.get_vocab(), other.get_vocab()
-    if mine == theirs:
-        return
-    differing = sorted(
-        (token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token)),
-        key=lambda token: (mine.get(token, len(mine)), token),
-    )
-    example = differing[0]
-    raise ValueError(
-        f"draft: expected the target's tokenizer, {draft} has another: {len(differing)} tokens differ, "
-        f"{example!r} is {mine.get(example, 'missing')} in the target and {theirs.get(example, 'missing')} in the draft"
-    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -41,14 +42,53 @@ def stdout() -> Console:
 
 
 @contextmanager
-def waiting(text: str, quiet: bool = False) -> Iterator[None]:
-    """A line on a terminal while something is under way; it stands still, so it takes no time from what it shows."""
+def waiting(text: str, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """A line on a terminal while something is under way; it stands still but for what is said to be done."""
     console = stderr()
     if quiet or not console.is_terminal:
-        yield
-    else:
-        with Live(Text(f"{text} ...", style="dim"), console=console, auto_refresh=False, transient=True):
-            yield
+        yield lambda done: None
+        return
+    with Live(Text(f"{text} ...", style="dim"), console=console, auto_refresh=False, transient=True) as live:
+        drawn = time.perf_counter()
+
+        def say(done: str) -> None:
+            nonlocal drawn
+            if time.perf_counter() - drawn > _REDRAW_SECONDS:
+                live.update(Text(f"{text}: {done} ...", style="dim"), refresh=True)
+                drawn = time.perf_counter()
+
+        yield say
+
+
+class Captures(logging.Handler):
+    """What is said about captured graphs meanwhile, each line once, for when the screen is free; a context manager."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        super().__init__(logging.INFO)
+        self._quiet = quiet
+        self._log = logging.getLogger("mcsd.graphs")
+        self._lines: dict[str, bool] = {}  # whether it has been told
+
+    def __enter__(self) -> Captures:
+        self._level = self._log.level
+        self._log.addHandler(self)
+        self._log.setLevel(logging.INFO)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._log.removeHandler(self)
+        self._log.setLevel(self._level)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a line down."""
+        self._lines.setdefault(record.getMessage(), False)
+
+    def tell(self) -> None:
+        """Print what is new."""
+        for line, told in self._lines.items():
+            if not told and not self._quiet:
+                stderr().print(line, style="dim", soft_wrap=True)
+                self._lines[line] = True
 
 
 class Progress:

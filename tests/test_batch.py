@@ -14,11 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
 from tiny_folders import save_model
 from typer.testing import CliRunner, Result
 
-from mcsd import batch
+import mcsd
+from mcsd import batch, pairs, screen
 from mcsd.cli import app
+from mcsd.drafters import NgramDrafter
+from mcsd.profile import Ladder, Profile
 
 # One process of several, with rows that take several writes to get to the disk, and no model.
 WORKER = """
@@ -284,3 +289,171 @@ def test_mistakes_are_found_before_a_model_is_loaded(tmp_path: Path) -> None:
     prompts.write_text("Hello")
     result = generate(Path("./nowhere"), prompts, prompts)
     assert result.exit_code == 2 and "output: expected another file than the prompts'" in result.stderr
+
+
+# ---- several prompts together
+
+
+ENDS = 126  # a token that random texts of the model below meet sooner or later
+
+
+@pytest.fixture(scope="module")
+def ending(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "ending", 0, eos=ENDS)
+
+
+@pytest.fixture
+def ragged(tmp_path: Path) -> Path:
+    """Prompts of many lengths, of which two cannot be done."""
+    path = tmp_path / "prompts.jsonl"
+    texts = [f"{'to be or not ' * (n % 4)}prompt {n}" for n in range(11)]
+    texts[2], texts[5] = "", "x" * 250
+    path.write_text("\n".join(json.dumps({"id": f"p{n}", "prompt": text}) for n, text in enumerate(texts)))
+    return path
+
+
+def alike(path: Path) -> list[dict[str, Any]]:
+    """Rows without what depends on the company."""
+    rows = rows_of(path)
+    for row in rows:
+        if "error" not in row:
+            del row["seconds"], row["tokens_per_second"], row["batch_size"], row["stats"]["seconds"]
+    return rows
+
+
+@pytest.mark.parametrize("options", ["ngram", "model", "greedy", "adaptive"])
+def test_no_row_depends_on_the_batch_size(
+    options: str, ending: Path, ragged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts and statistics are a prompt's own, on one process and on two, taken up anywhere."""
+    ladder = Ladder((-1, 0, 1, 0, 1, 3, 2), (1.0, 0.5, 0.3, 0.2, 0.1, 0.1, 0.1), (2, 4, 7), (1.0, 1.2, 1.5))
+    Profile((-1, 0, 0, 1), "without_replacement", ladder=ladder).save(tmp_path / "profile.json")
+    draft = ["--draft", str(save_model(tmp_path / "draft", 1, layers=1))]
+    more = ["--max-new-tokens", "32", "--seed", "3"] + {
+        "ngram": [],
+        "model": [*draft, "--top-k", "100"],
+        "greedy": [*draft, "--temperature", "0", "--branching", "2,2"],
+        "adaptive": [*draft, "--profile", str(tmp_path / "profile.json"), "--adaptive"],
+    }[options]
+    one = tmp_path / "one.jsonl"
+    assert generate(ending, ragged, one, *more, "--batch-size", "1").exit_code == 1
+    whole = alike(one)
+    assert [row["id"] for row in whole if "error" in row] == ["p2", "p5"]
+    assert len({len(row["tokens"]) for row in whole if "tokens" in row}) > 1
+    for size in ("3", "100"):
+        output = tmp_path / f"{size}.jsonl"
+        assert generate(ending, ragged, output, *more, "--batch-size", size).exit_code == 1
+        assert alike(output) == whole, size
+    lines = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(b"".join(lines[:3] + lines[4:7]))  # other batches than before
+    assert generate(ending, ragged, output, *more, "--batch-size", "3").exit_code == 1
+    assert alike(output) == whole
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert generate(ending, ragged, tmp_path / "two.jsonl", *more, "--batch-size", "2").exit_code == int(rank)
+    assert alike(tmp_path / "two.jsonl") == whole
+
+
+def test_the_time_of_a_batch_is_counted_once(ending: Path, ragged: Path, tmp_path: Path) -> None:
+    result = generate(ending, ragged, tmp_path / "results.jsonl", "--max-new-tokens", "24", "--batch-size", "4")
+    rows = [row for row in rows_of(tmp_path / "results.jsonl") if "error" not in row]
+    assert [row["batch_size"] for row in rows] == [3] * 3 + [3] * 3 + [3] * 3
+    calls = [rows[first : first + 3] for first in (0, 3, 6)]
+    for call in calls:
+        (seconds,) = {row["seconds"] for row in call}
+        speed = sum(row["tokens_per_second"] for row in call)
+        assert speed == pytest.approx(sum(len(row["tokens"]) for row in call) / seconds, rel=1e-3)
+    speed = sum(len(row["tokens"]) for row in rows) / sum(call[0]["seconds"] for call in calls)
+    (line,) = (line for line in result.stderr.splitlines() if "tokens per target call" in line)
+    assert float(line.split(" tokens/s, up to 4 prompts together")[0].split()[-1]) == pytest.approx(speed, abs=0.06)
+
+
+def test_an_interrupted_batch_keeps_what_was_finished(
+    ending: Path, ragged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what was under way is done again, and at the end the rows are in the order of the prompts."""
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "results.jsonl"
+    more = ["--max-new-tokens", "24"]
+    generate(ending, ragged, whole, *more)
+    propose, seen = NgramDrafter.propose, []
+
+    def interrupted(self: NgramDrafter, state: mcsd.State) -> mcsd.Proposal:
+        if state.active.count(False) == 2:
+            seen.extend(state.active)
+            raise KeyboardInterrupt
+        return propose(self, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NgramDrafter, "propose", interrupted)
+        result = generate(ending, ragged, output, *more)
+    able = [f"p{n}" for n in range(8) if n not in (2, 5)]
+    left = [name for name, active in zip(able, seen, strict=True) if active]
+    assert result.exit_code == 130
+    assert f"interrupted at id {left[0]!r}; what was finished is written" in result.stderr
+    kept = rows_of(output)
+    assert [row["id"] for row in kept] == [f"p{n}" for n in range(8) if f"p{n}" not in left]
+    assert kept[-1]["id"] > left[0], "the case in question"
+    with monkeypatch.context() as patch:
+        patch.setattr(NgramDrafter, "begin", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert generate(ending, ragged, output, *more).exit_code == 130, "before the first step"
+    assert rows_of(output)[: len(kept)] == kept
+    result = generate(ending, ragged, output, *more)
+    assert result.exit_code == 1 and f"{len(kept)} of 11 prompts are in" in result.stderr
+    assert alike(output) == alike(whole)
+
+
+def test_a_token_that_the_model_lacks_fails_one_prompt(tmp_path: Path) -> None:
+    """As where a tokenizer has more tokens than the model."""
+    model = save_model(tmp_path / "model", 0, vocab=200)
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "results.jsonl"
+    prompts.write_text("Hello\na blank\nagain")
+    assert generate(model, prompts, output).exit_code == 1
+    assert ["error" in row for row in rows_of(output)] == [False, True, False]
+    assert " is none of the model's 200" in rows_of(output)[1]["error"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee more"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_batch_that_does_not_fit_says_so(
+    error: RuntimeError, target: Path, ragged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = pairs.generate
+
+    def small(target: Any, draft: Any, ids: torch.Tensor, *more: Any, **options: Any) -> mcsd.Generation:
+        if len(ids) > 2:
+            raise error
+        return real(target, draft, ids, *more, **options)
+
+    monkeypatch.setattr(pairs, "generate", small)
+    output = tmp_path / "results.jsonl"
+    result = generate(target, ragged, output, "--batch-size", "3")  # the first batch is of two
+    assert result.exit_code == 2 and len(rows_of(output)) == 3
+    first = str(error).split("\n")[0]
+    assert "batch_size: 2 prompts" not in result.stderr
+    assert f"batch_size: 3 prompts do not fit in memory together, ask for fewer ({first})" in result.stderr
+    assert generate(target, ragged, output, "--batch-size", "2").exit_code == 1
+    assert len(rows_of(output)) == 11
+
+
+def test_plain_decoding_is_compared_prompt_by_prompt(target: Path, ragged: Path, tmp_path: Path) -> None:
+    result = generate(target, ragged, tmp_path / "results.jsonl", "--compare", "--batch-size", "2")
+    assert result.exit_code == 2 and "batch_size: expected 1 beside --compare, which takes" in result.stderr
+
+
+def test_a_terminal_shows_how_far_a_batch_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with (tmp_path / "screen").open("w+") as file:
+        monkeypatch.setattr(screen, "stderr", lambda: Console(file=file, force_terminal=True, width=60))
+        monkeypatch.setattr(screen, "_REDRAW_SECONDS", 0.0)
+        with screen.waiting("prompts 1 to 8 of 40") as say:
+            say("12 tokens")
+        with screen.waiting("prompts 9 to 16 of 40", quiet=True) as say:
+            say("12 tokens")
+        shown = file.seek(0) or file.read()
+    assert "prompts 1 to 8 of 40 ..." in shown and "prompts 1 to 8 of 40: 12 tokens ..." in shown
+    assert "9 to" not in shown

@@ -25,7 +25,7 @@ from transformers import MambaConfig, MambaForCausalLM, tokenization_utils_base
 from typer.testing import CliRunner, Result
 
 import mcsd
-from mcsd import batch, doctor, models, screen, settings
+from mcsd import batch, diagnostics, doctor, inspection, models, screen, settings
 from mcsd.cli import app
 from mcsd.drafters import ModelDrafter
 from mcsd.pairs import Pair
@@ -147,6 +147,7 @@ def test_defaults_are_the_library_s() -> None:
         pytest.param(["--draft", "smollm2-draft"], "target: expected an input embedding", id="draft-of-another"),
         pytest.param(["--max-new-tokens", "1000"], "max_new_tokens: expected", id="past-the-last-position"),
         pytest.param(["--output", "x.jsonl"], "output: only --batch-file", id="output-without-batch"),
+        pytest.param(["--batch-size", "2"], "batch_size: only --batch-file", id="batch-size-without-batch"),
         pytest.param(
             ["--proposal", "greedy", "--draft", "ngram"], "proposal: expected this drafter's own", id="ngram-is-point"
         ),
@@ -200,9 +201,10 @@ def test_a_draft_with_another_tokenizer_is_refused(folders: dict[str, Path], pai
     assert "expected the target's tokenizer" in line and "2 tokens differ, 'a' is" in line
 
 
-def test_a_draft_with_another_vocabulary_is_refused(folders: dict[str, Path], pair_options: list[str]) -> None:
-    line = failure(call("generate", "--json", *pair_options, "--draft", str(folders["narrow"]), "Hello"))
-    assert "expected the target's vocabulary of 257" in line
+def test_a_draft_whose_embedding_is_padded_differently(folders: dict[str, Path], pair_options: list[str]) -> None:
+    options = [*pair_options, "--temperature", "0", "--max-new-tokens", "8", "Hello"]
+    one, other = (call("generate", "--json", *more, *options) for more in ([], ["--draft", str(folders["narrow"])]))
+    assert json.loads(other.stdout)["tokens"] == json.loads(one.stdout)["tokens"]
 
 
 def test_debug_shows_where_an_error_comes_from(pair_options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,6 +297,20 @@ def test_ngram_is_the_draft_of_a_target_without_one(folders: dict[str, Path]) ->
     row = json.loads(call("generate", "--json", *options, "--branching", "2", "to be or not to be").stdout)
     assert row["settings"]["branching"] == [2], "how many continuations"
     assert "branching: expected one number" in failure(call("generate", *options, "--branching", "2,2", "to be"))
+
+
+@pytest.mark.parametrize("options", [["--json"], ["--json", "--compare"], [], ["--batch-file"]])
+def test_graphs_that_cannot_be_captured_say_why(options: list[str], pair_options: list[str], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Hello\nagain\nand again")
+    what = [str(prompts), "--batch-size", "2"] if "--batch-file" in options else ["Hello"]
+    arguments = ["generate", *pair_options, "--max-new-tokens", "12", *options, *what]
+    plain, graphs = call(*arguments), call(*arguments, "--graphs")
+    assert plain.exit_code == graphs.exit_code == 0, graphs.output
+    for reason in ("forwards run eagerly: ", "steps run part by part: "):
+        assert (plain.stderr.count(reason), graphs.stderr.count(reason)) == (0, 1), "once for all batches"
+    texts = [re.findall(r'"tokens": \[.*?\]', one.stdout) or one.stdout for one in (plain, graphs)]
+    assert texts[0] == texts[1]
 
 
 def test_ctrl_c_keeps_what_there_is(pair_options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,10 +406,10 @@ def prompt_file(tmp_path: Path) -> Path:
 
 
 def rows_of(text: str) -> list[dict[str, Any]]:
-    """Result rows without the times."""
+    """Result rows without the times, and with whom they were spent."""
     rows = [json.loads(line) for line in text.splitlines()]
     for row in rows:
-        del row["seconds"], row["tokens_per_second"], row["stats"]["seconds"]
+        del row["seconds"], row["tokens_per_second"], row["batch_size"], row["stats"]["seconds"]
     return rows
 
 
@@ -404,6 +420,7 @@ def test_a_batch_file_gives_a_line_for_each_prompt(pair_options: list[str], prom
     assert [row["id"] for row in rows] == ["one", 2, 7]
     assert [row["seed"] for row in rows] == [0, 1, 2]
     assert "3 prompts · 18 tokens" in result.stderr and "plain decoding" not in result.stderr
+    assert "tokens/s, up to 8 prompts together" in result.stderr
 
 
 def test_a_batch_can_be_compared(pair_options: list[str], tmp_path: Path) -> None:
@@ -416,7 +433,8 @@ def test_a_batch_can_be_compared(pair_options: list[str], tmp_path: Path) -> Non
         *_, line = result.stderr.splitlines()
         rows = [json.loads(row) for row in result.stdout.splitlines()]
         speedup = sum(row["plain"]["seconds"] for row in rows) / sum(row["seconds"] for row in rows)
-        assert line.startswith(said) and line.endswith(" × plain decoding")
+        assert line.startswith(said) and line.endswith(" × plain decoding") and "together" not in line
+        assert {row["batch_size"] for row in rows} == {1}, "as plain decoding"
         assert float(line.split()[-4]) == pytest.approx(speedup, abs=0.01)
 
 
@@ -448,7 +466,7 @@ def test_a_batch_resumes_from_any_point(pair_options: list[str], prompt_file: Pa
 def test_an_interrupted_batch_loses_nothing(
     pair_options: list[str], prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = [*pair_options, "--max-new-tokens", "4", "--batch-file", str(prompt_file)]
+    options = [*pair_options, "--max-new-tokens", "4", "--batch-file", str(prompt_file), "--batch-size", "2"]
     whole = rows_of(call("generate", *options).stdout)
     output = tmp_path / "results.jsonl"
     with monkeypatch.context() as patch:
@@ -833,9 +851,42 @@ def test_inspect_with_missing_candidates(folders: dict[str, Path]) -> None:
     assert len(steps) == 3 and steps[0]["last"]["source"] == "bonus"
 
 
-def test_inspect_can_be_interrupted(pair_options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupt_at(monkeypatch, 1)
-    assert call("inspect", *pair_options, "--steps", "3", "Hello").exit_code == 130
+def test_inspect_can_be_interrupted(pair_options: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The finished steps are shown as if no more had been asked for."""
+    options = [*pair_options, "--record", str(tmp_path / "steps.jsonl"), "Hello"]
+    shown, row = (call("inspect", *options, "--steps", "2", *json).stdout for json in ([], ["--json"]))
+    recorded = (tmp_path / "steps.jsonl").read_text()
+    interrupt_at(monkeypatch, 2)
+    for more, stdout in ([], shown), (["--json"], row):
+        result = call("inspect", *options, "--steps", "80", *more)
+        assert result.exit_code == 130 and result.stderr.endswith("interrupted\n")
+        assert result.stdout == stdout
+        assert (tmp_path / "steps.jsonl").read_text() == recorded
+    interrupt_at(monkeypatch, 0)
+    result = call("inspect", *options)
+    assert (result.exit_code, result.stdout) == (130, "")
+    result = call("inspect", *options, "--json")
+    assert result.exit_code == 130 and json.loads(result.stdout)["steps"] == []
+
+
+@pytest.mark.parametrize(
+    "part", [(inspection._Steps, "_step"), (diagnostics.Recorder, "observe")], ids=["tree", "table"]
+)
+def test_a_step_that_was_half_inspected_is_left_out(
+    part: tuple[Any, str], pair_options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = getattr(*part)
+
+    def interrupted(self: Any, state: mcsd.State, *more: Any) -> Any:
+        if state.step == 1:
+            raise KeyboardInterrupt
+        return real(self, state, *more)
+
+    monkeypatch.setattr(*part, interrupted)
+    result = call("inspect", "--json", *pair_options, "--steps", "3", "Hello")
+    row = json.loads(result.stdout)
+    assert result.exit_code == 130 and [step["number"] for step in row["steps"]] == [0]
+    assert row["diagnostics"]["steps"] == 1 and row["diagnostics"]["tokens"] == len(row["steps"][0]["tokens"])
 
 
 # ---- doctor and bench
