@@ -99,6 +99,7 @@ class Rehearsal(TorchDispatchMode):
 
 
 _LOCK = threading.Lock()  # one capture at a time in a process
+_FAILED: list[Any] = []  # graphs whose capture failed; the allocator still asks them
 
 
 def capture(function: Callable[[], Any], device: torch.device, pool: Any = None) -> tuple[Callable[[], None], Any]:
@@ -128,12 +129,19 @@ def capture(function: Callable[[], Any], device: torch.device, pool: Any = None)
         finally:
             ours.wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        # a capture that fails leaves its own stream as the current one: the outer context puts that right
-        with (
-            torch.cuda.stream(ours),
-            torch.cuda.graph(graph, pool=pool, stream=beside, capture_error_mode="thread_local"),
-        ):
-            outputs = function()
+        try:
+            # a capture that fails leaves its own stream as the current one: the outer context puts that right
+            with (
+                torch.cuda.stream(ours),
+                torch.cuda.graph(graph, pool=pool, stream=beside, capture_error_mode="thread_local"),
+            ):
+                outputs = function()
+        except Exception:
+            _FAILED.append(graph)
+            # the device's random numbers stay refused until a capture ends well
+            with torch.cuda.stream(ours), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=beside):
+                torch.zeros(1, device=device)
+            raise
     return graph.replay, outputs
 
 

@@ -96,7 +96,10 @@ def test_a_model_that_was_changed_is_captured_anew() -> None:
 
 @pytest.mark.parametrize("progress", [True, False])
 def test_what_cannot_be_captured_runs_as_always(
-    progress: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    progress: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     llama = tiny()
@@ -457,10 +460,14 @@ def test_a_rehearsal_refuses_what_a_capture_would_not_survive() -> None:
 
 
 class Device:
-    """Stands for what `capture` asks of CUDA; a capture that fails leaves its stream, as CUDA's does."""
+    """Stands for what `capture` asks of CUDA; a capture that fails leaves its stream, as CUDA's does.
+
+    From then on there are no random numbers, until one ends well.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.current: Any = Stream("ours")
+        self.has_random_numbers = True
         for name, stand_in in {
             "is_available": lambda: True,
             "device": lambda device: nullcontext(),
@@ -481,13 +488,14 @@ class Device:
             self.current = before
 
     @contextmanager
-    def graph(self, graph: Any, *, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+    def graph(self, graph: Any, *, stream: Any, pool: Any = None, capture_error_mode: str = "") -> Iterator[None]:
         before, self.current = self.current, stream
+        self.has_random_numbers = False
         try:
             yield
         except Exception:
             raise RuntimeError("operation failed due to a previous error during capture") from None
-        self.current = before
+        self.current, self.has_random_numbers = before, True
 
 
 class Stream:
@@ -529,6 +537,7 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(
     assert result == (7 if fails_at is None else None) and set(calls) == {"beside"}
     assert len(calls) == 3 if fails_at is None else len(calls) == fails_at + 1
     assert device.current is ours and ours.waited == ["beside"] and not capturing()
+    assert device.has_random_numbers
     assert told[0].startswith("captured it" if fails_at is None else "otherwise: ValueError: cannot")
 
 

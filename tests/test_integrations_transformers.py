@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import math
 import subprocess
 import sys
@@ -429,13 +430,16 @@ def test_no_crash_where_transformers_divides_zero_by_zero(monkeypatch: pytest.Mo
     p, q = near_equal_rows()
     ids = torch.tensor([[7, 0]])
     monkeypatch.setattr(torch, "rand_like", lambda ratio: torch.full_like(ratio, 1.0 + 1e-6))
+    done = [False] * (len(inspect.signature(utils._speculative_sampling).parameters) == 6)  # transformers up to 5.17
     with pytest.raises(RuntimeError, match="probability tensor"):
-        utils._speculative_sampling(ids, q, 1, p)
+        utils._speculative_sampling(ids, q, 1, p, *done)
     rows = torch.full((1, 4), 1.0 - 2**-24)
     monkeypatch.setattr(torch, "rand", lambda *shape, device: rows.to(device))
     with lossless_assisted_decoding():
         tokens, accepted = utils._speculative_sampling(ids, q, 1, p - 1e-7)
+        ended, none_more = utils._speculative_sampling(ids, q, 1, p - 1e-7, True)
     assert tokens[0, 0] == 0 and accepted == 1 and tokens.shape == (1, 2)
+    assert ended.tolist() == [[0]] and none_more == 0  # the candidates end the text: nothing follows them
     for scale in (1.0, 1.0 - 2**-23, 1.0 + 2**-23):  # a residual of the size of rounding, or none
         tokens, _ = speculative_sampling(ids, q, 1, (p.exp() * torch.tensor([scale, 1.0, 1.0])).log())
         assert 0 <= int(tokens[0, -1]) < 3

@@ -120,6 +120,8 @@ def tiny(name: str = "llama", seed: int = 0, gain: float = 2.0, **overrides: Any
     try:
         config = AutoConfig.for_model(name.removesuffix("_alibi"), **{**CONFIGS[name], **overrides})
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        if "attn_logit_softcapping" in CONFIGS[name]:  # transformers 5.17 leaves it out with SDPA
+            model.set_attn_implementation("eager")
     finally:
         logging.set_verbosity(level)
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):

@@ -1,7 +1,7 @@
 """transformers: token trees inside `model.generate`, and our verification inside its assisted decoding.
 
-Source: two extension points of transformers 5.23, in src/transformers/generation/utils.py: `generate(custom_generate=)`
-and `_speculative_sampling`, which `_assisted_decoding` calls.
+Source: two extension points of transformers 5.0 to 5.23, in src/transformers/generation/utils.py:
+`generate(custom_generate=)` and `_speculative_sampling`, which `_assisted_decoding` calls.
 """
 
 from __future__ import annotations
@@ -287,15 +287,19 @@ def lossless_assisted_decoding(rule: str = "recursive", backend: str | None = No
         candidate_logits: torch.Tensor,
         candidate_length: int,
         new_logits: torch.Tensor,
+        *candidates_end_the_text: bool,
         assistant_ensemble_weight: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if assistant_ensemble_weight is not None:
             raise ValueError(
                 f"assistant_ensemble_weight: expected None, got {assistant_ensemble_weight}; a mixture is not lossless"
             )
-        return speculative_sampling(
+        tokens, accepted = speculative_sampling(
             candidate_input_ids, candidate_logits, candidate_length, new_logits, rule=rule, backend=backend
         )
+        if any(candidates_end_the_text) and accepted == candidate_length:  # up to 5.17: then it wants no further token
+            return tokens[:, :-1], accepted - 1
+        return tokens, accepted
 
     utils._speculative_sampling = replacement
     try:
