@@ -10,7 +10,8 @@ BENCH_ARGS ?=
 TRITON = triton==3.9.0; sys_platform == 'linux' and platform_machine == 'x86_64'
 
 # The oldest one allowed, as GPU builds of torch have it: beside the other, to see that every kernel compiles.
-OLDEST_TRITON = triton==3.6.0; sys_platform == 'linux' and platform_machine == 'x86_64'
+OLDEST_TRITON = 3.6.0
+OLDEST_TRITON_PACKAGE = triton==$(OLDEST_TRITON); sys_platform == 'linux' and platform_machine == 'x86_64'
 
 VENV = .venv
 BIN = $(VENV)/bin
@@ -56,7 +57,7 @@ test-interpreter: $(VENV)/.develop
 	fi
 
 test-oldest-triton: $(VENV)/.oldest-triton
-	unset TRITON_INTERPRET; PYTHONPATH=$(VENV)/oldest-triton $(PYTEST) tests/test_compile_*.py -k resources
+	unset TRITON_INTERPRET; PYTHONPATH=$(VENV)/oldest-triton TRITON_WANTED=$(OLDEST_TRITON) $(PYTEST) tests/test_compile_*.py -k resources
 
 lint: $(VENV)/.develop
 	$(BIN)/ruff check .
@@ -97,7 +98,7 @@ $(VENV)/.develop: $(VENV)/.run
 	@touch $@
 
 $(VENV)/.oldest-triton: $(VENV)/.develop
-	$(PIP_INSTALL) --no-deps --target $(VENV)/oldest-triton "$(OLDEST_TRITON)"
+	$(PIP_INSTALL) --no-deps --target $(VENV)/oldest-triton "$(OLDEST_TRITON_PACKAGE)"
 	@touch $@
 
 clean:

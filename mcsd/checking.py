@@ -134,14 +134,22 @@ def compiled(model: Any) -> Iterator[None]:
     if inner is model:
         yield
         return
-    before = inner._compiled_call_impl
+    users = _COMPILED.setdefault(id(inner), [0, inner._compiled_call_impl])
+    users[0] += 1
     inner._compiled_call_impl = model.dynamo_ctx(inner._call_impl)  # as `inner.compile()` does
     try:
         yield
     finally:
-        del inner._compiled_call_impl
-        if before is not None:
-            inner._compiled_call_impl = before
+        users[0] -= 1
+        if not users[0]:
+            _, before = _COMPILED.pop(id(inner))
+            del inner._compiled_call_impl
+            if before is not None:
+                inner._compiled_call_impl = before
+
+
+# a model's number -> how many such contexts it is in, and what it had before the first
+_COMPILED: dict[int, list[Any]] = {}
 
 
 def _plain(model: PreTrainedModel, tokens: torch.Tensor, prefix: int, path: list[int]) -> torch.Tensor:

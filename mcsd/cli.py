@@ -157,8 +157,8 @@ def generate(
         int | None,
         typer.Option(
             min=1,
-            help="Prompts of --batch-file that are decoded together. In float32 no text depends on it.",
-            show_default=f"{BATCH_SIZE}, or 1 with --compare",
+            help="Prompts of --batch-file to decode together. No text depends on it in float32; in bfloat16 it may.",
+            show_default=f"{BATCH_SIZE} or as many as fit in memory, 1 with --compare",
         ),
     ] = None,
     graphs: Annotated[
@@ -189,8 +189,7 @@ def generate(
     pair = _load(settings, quiet=as_json, graphs=graphs)
     with Captures(quiet=share.rank > 0) as captures:
         if prompts:
-            size = batch_size or (1 if compare else BATCH_SIZE)
-            _batch(pair, prompts, output, size, compare, share, captures, quiet=as_json)
+            _batch(pair, prompts, output, batch_size, compare, share, captures, quiet=as_json)
         elif as_json:
             if compare:
                 pair.warm_up(pair.encode(prompt or ""))
@@ -256,13 +255,14 @@ def _batch(
     pair: Pair,
     prompts: list[Prompt],
     output: Path | None,
-    size: int,
+    batch_size: int | None,
     compare: bool,
     share: Share,
     captures: Captures,
     quiet: bool,
 ) -> None:
     from .batch import Results
+    from .pairs import TooManyTogether
     from .screen import complaints, stderr, waiting
 
     console = stderr()
@@ -278,13 +278,20 @@ def _batch(
         if compare and todo:
             with waiting("warming up", quiet):
                 pair.warm_up(pair.encode(BENCH_PROMPTS[0]))
-        for first in range(0, len(todo), size):
+        size, first = batch_size or (1 if compare else BATCH_SIZE), 0
+        while first < len(todo):
             some = todo[first : first + size]
             refused = {prompt.id: reason for prompt in some if (reason := _refusal(pair, prompt))}
             last = first + len(some)
             numbers = f"prompt {last}" if len(some) == 1 else f"prompts {first + 1} to {last}"
             with waiting(f"{numbers} of {len(todo)}", quiet) as say:
-                runs = _together(pair, [prompt for prompt in some if prompt.id not in refused], say)
+                try:
+                    runs = _together(pair, [prompt for prompt in some if prompt.id not in refused], say)
+                except TooManyTogether:
+                    if batch_size:
+                        raise
+                    size = len(some) // 2
+                    continue
                 if compare:
                     for run in runs.values():
                         pair.compare(run)
@@ -306,6 +313,7 @@ def _batch(
                 if not quiet:
                     _tell(f"interrupted at id {under_way[0]!r}; what was finished is written")
                 raise typer.Exit(INTERRUPTED)
+            first = last
         whole = results.finish()
     if not quiet and share.count > 1:
         said = f"{output} is complete" if whole else "the other processes have prompts left"

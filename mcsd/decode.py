@@ -79,9 +79,10 @@ def generate(
     once, with or without speculation, so token-for-token equality is not promised there.)
 
     Args:
-        target: a decoder-only Hugging Face model, compiled (`model.compile()`, `torch.compile(model)`) or not.
+        target: a decoder-only Hugging Face model. `torch.compile(model)` and `model.compile()` are taken, too, but
+            compile its forward again as the text grows, up to torch's limit.
         draft: a smaller model with the same vocabulary, a `Drafter`, or "ngram" (prompt lookup, no model). A model with
-            the same tokenizer and an embedding of another size comes as `ModelDrafter(model, shared_vocab=...)`.
+            the same tokenizer and an embedding of another size comes as `ModelDrafter(model, None, shared_vocab=...)`.
         input_ids: `[batch, length]` int64 prompts, padded on either side.
         attention_mask: `[batch, length]`, 1 at tokens and 0 at padding. None: every column counts, unless the model has
             a padding token that is no end-of-sequence token and occurs.
@@ -131,8 +132,7 @@ def generate(
     require("target", target, attention)
     prompts = _prompts(target, input_ids, attention_mask)
     batch = len(prompts)
-    embedding = target.get_input_embeddings().weight
-    vocab, device = embedding.shape[0], embedding.device
+    device = target.get_input_embeddings().weight.device
     sampling = _sampling(temperature, top_k, top_p, min_p, batch, device)
     parents = None
     if profile is not None:
@@ -162,8 +162,8 @@ def generate(
             f"{positions} positions; shorten the prompt or ask for at most {max(positions - longest, 0)}"
         )
     special = target.generation_config
-    eos = _token_ids("eos_token_id", eos_token_id, special.eos_token_id, vocab)
-    pad = _token_ids("pad_token_id", pad_token_id, special.pad_token_id, vocab)
+    eos = _token_ids("eos_token_id", eos_token_id, special.eos_token_id)
+    pad = _token_ids("pad_token_id", pad_token_id, special.pad_token_id)
     if pad_token_id is not None and len(pad) != 1:
         raise ValueError(f"pad_token_id: expected one token id, got {pad_token_id!r}")
     ends = _Ends(eos, _criteria(stopping_criteria, stop_strings, tokenizer))
@@ -443,13 +443,10 @@ def _seeds(seed: Any, batch: int, device: torch.device) -> torch.Tensor:
     return torch.tensor(signed, dtype=torch.int64, device=device)
 
 
-def _token_ids(name: str, given: Any, own: Any, vocab: int) -> list[int]:
-    """The caller's token ids, else the model's own, which are not bound to its vocabulary: -1 may stand for none."""
-    theirs = [check.whole(name, token, -(2**63)) for token in _listed(own)]
-    if given is None:
-        return theirs
-    low, high = min([0, *theirs]), max([vocab - 1, *theirs])
-    return [check.whole(name, token, low, high) for token in _listed(list(given) if isinstance(given, Set) else given)]
+def _token_ids(name: str, given: Any, own: Any) -> list[int]:
+    """The caller's token ids, else the model's own. They need not be in its vocabulary: -1 may stand for none."""
+    ids = own if given is None else list(given) if isinstance(given, Set) else given
+    return [check.whole(name, token, -(2**63), 2**63 - 1) for token in _listed(ids)]
 
 
 def _plain(value: Any) -> Any:
@@ -467,8 +464,6 @@ def _listed(value: Any) -> list[Any]:
 def _criteria(stopping_criteria: Any, stop_strings: Any, tokenizer: Any) -> StoppingCriteriaList:
     """The criteria, and one more for the strings."""
     criteria = _list_of("stopping_criteria", StoppingCriteriaList, stopping_criteria)
-    needed = ("__call__", "get_vocab", "convert_tokens_to_string")
-    _check_methods("tokenizer", tokenizer, "one of transformers' tokenizers", *needed)
     strings = [stop_strings] if isinstance(stop_strings, str) else [] if stop_strings is None else stop_strings
     if not isinstance(strings, (list, tuple, Set)) or not all(isinstance(one, str) and one for one in strings):
         raise ValueError(f"stop_strings: expected a string or a list of them, none of them empty, got {stop_strings!r}")
@@ -476,6 +471,8 @@ def _criteria(stopping_criteria: Any, stop_strings: Any, tokenizer: Any) -> Stop
         return criteria
     if tokenizer is None:
         raise ValueError("stop_strings: expected a tokenizer beside them, got None")
+    needed = ("__call__", "get_vocab", "convert_tokens_to_string")
+    _check_methods("tokenizer", tokenizer, "one of transformers' tokenizers", *needed)
     return StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer=tokenizer, stop_strings=list(strings))])
 
 

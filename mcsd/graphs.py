@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -99,7 +100,7 @@ class Rehearsal(TorchDispatchMode):
 
 
 _LOCK = threading.Lock()  # one capture at a time in a process
-_FAILED: list[Any] = []  # graphs whose capture failed; the allocator still asks them
+_FAILED: list[Any] = []  # the graph whose capture failed last, which the allocator still asks
 
 
 def capture(function: Callable[[], Any], device: torch.device, pool: Any = None) -> tuple[Callable[[], None], Any]:
@@ -136,11 +137,12 @@ def capture(function: Callable[[], Any], device: torch.device, pool: Any = None)
                 torch.cuda.graph(graph, pool=pool, stream=beside, capture_error_mode="thread_local"),
             ):
                 outputs = function()
-        except Exception:
-            _FAILED.append(graph)
-            # the device's random numbers stay refused until a capture ends well
-            with torch.cuda.stream(ours), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=beside):
-                torch.zeros(1, device=device)
+        except BaseException:
+            _FAILED[:] = [graph]
+            with suppress(RuntimeError):  # the device's random numbers stay refused until a capture ends well
+                again = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=beside, capture_error_mode="thread_local")
+                with torch.cuda.stream(ours), again:
+                    torch.zeros(1, device=device)
             raise
     return graph.replay, outputs
 
@@ -161,7 +163,8 @@ class Graphs:
         shared: let the graphs share their memory. A result must then have been read before another graph is replayed.
 
     Attributes:
-        report: gets a line for each capture, and the reasons where there can be none; None: the log gets them.
+        report: gets a line for each capture, and the reasons where there can be none; None: the log gets them, a new
+            reason as a warning.
     """
 
     def __init__(self, otherwise: str, shared: bool = False) -> None:
@@ -179,7 +182,7 @@ class Graphs:
         self.report = report
         self._refused = {key: reason for key, reason in self._refused.items() if "OutOfMemory" not in reason}
         for reason in dict.fromkeys(self._refused.values()):
-            (report or LOG.warning)(reason)
+            (report or LOG.info)(reason)
 
     @property
     def off(self) -> bool:

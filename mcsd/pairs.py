@@ -123,6 +123,10 @@ class Run:
         return row
 
 
+class TooManyTogether(RuntimeError):
+    """A batch does not fit in memory."""
+
+
 class _Requests:
     """Takes down what became of each request of a batch; an observer and a callback of `generate`."""
 
@@ -300,7 +304,7 @@ class Pair:
 
         Raises:
             ValueError: as `encode`.
-            RuntimeError: they do not fit in memory together.
+            TooManyTogether: they do not fit in memory together.
         """
         rows = [self.encode(prompt)[0] for prompt in prompts]
         ids, mask = (pad_sequence(some, batch_first=True) for some in (rows, [torch.ones_like(row) for row in rows]))
@@ -318,7 +322,7 @@ class Pair:
             out_of_memory = isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
             if len(rows) == 1 or not out_of_memory:
                 raise
-            raise RuntimeError(
+            raise TooManyTogether(
                 f"batch_size: {len(rows)} prompts do not fit in memory together, ask for fewer ({_first_line(error)})"
             ) from error
         seconds = time.perf_counter() - start

@@ -655,13 +655,13 @@ def test_special_tokens_of_every_kind(kind: Any, llama: PreTrainedModel, draft: 
         assert torch.equal(found.sequences[0], wanted[0])
 
 
-def test_a_generation_configuration_may_say_none_by_a_negative_number(draft: PreTrainedModel) -> None:
-    model = tiny()
+def test_a_negative_number_stands_for_none(draft: PreTrainedModel) -> None:
+    model, ends = tiny(), tiny()
     ids, mask = pad(PROMPTS)
-    model.generation_config.eos_token_id = model.generation_config.pad_token_id = -1
-    for own in ({}, {"eos_token_id": -1, "pad_token_id": -1}):  # as `TreeDecoding` hands them on
-        found = mcsd.generate(model, draft, ids, mask, max_new_tokens=9, temperature=0.0, **own)
-        assert torch.equal(found.sequences, greedy(tiny(), ids, mask, 9))
+    ends.generation_config.eos_token_id = ends.generation_config.pad_token_id = -1
+    for target, options in ((ends, {}), (model, {"eos_token_id": -1, "pad_token_id": -100})):
+        found = mcsd.generate(target, draft, ids, mask, max_new_tokens=9, temperature=0.0, **options)
+        assert torch.equal(found.sequences, greedy(model, ids, mask, 9))
 
 
 class EndsWith(StoppingCriteria):
@@ -1090,7 +1090,7 @@ IDS, MASK = pad([PROMPTS[0]])
         pytest.param({"temperature": np.array([0.5, 0.5])}, "temperature", id="temperatures-in-an-array"),
         pytest.param({"top_k": torch.tensor([True])}, "top_k", id="top-k-a-tensor-of-true"),
         *(
-            pytest.param({name: value}, rf"^{name}: expected a whole number in \[0, 96\]", id=f"{name[:3]}-{case}")
+            pytest.param({name: value}, rf"^{name}: expected a whole number in ", id=f"{name[:3]}-{case}")
             for name in ("eos_token_id", "pad_token_id")
             for case, value in {
                 "a-text": "</s>",
@@ -1098,14 +1098,10 @@ IDS, MASK = pad([PROMPTS[0]])
                 "true": True,
                 "a-float": 2.0,
                 "a-dict": {3: 3},
-                "negative": -1,
-                "past-the-vocabulary": VOCAB,
-                "negative-in-a-list": [-1],
                 "none-in-a-list": [None],
                 "numpys-float": np.float32(2),
                 "a-tensor-of-floats": torch.tensor([2.0]),
                 "a-tensor-of-true": torch.tensor([True]),
-                "a-tensor-past-the-vocabulary": torch.tensor(VOCAB),
                 "a-tensor-of-two-axes": torch.tensor([[2]]),
             }.items()
         ),
@@ -1120,7 +1116,9 @@ IDS, MASK = pad([PROMPTS[0]])
         pytest.param({"observer": []}, "^observer: expected a function or None, got list", id="observer-a-list"),
         pytest.param({"streamer": print}, "^streamer: .*put and end.*, got builtin", id="streamer-a-function"),
         pytest.param({"streamer": Collect}, "^streamer: .*put and end.*, got <class", id="streamer-a-class"),
-        pytest.param({"tokenizer": "gpt2"}, "^tokenizer: expected .*, got 'gpt2'", id="tokenizer-a-name"),
+        pytest.param(
+            {"stop_strings": ".", "tokenizer": "gpt2"}, "^tokenizer: expected .*, got 'gpt2'", id="tokenizer-a-name"
+        ),
         pytest.param({"stop_strings": "."}, "stop_strings|tokenizer", id="stop-strings-without-tokenizer"),
         pytest.param({"stop_strings": 5}, "^stop_strings", id="stop-strings-a-number"),
         pytest.param({"stop_strings": ["a", 5]}, "^stop_strings", id="stop-strings-with-a-number"),

@@ -71,7 +71,7 @@ import ctypes, mmap, os, sys
 import torch
 from mcsd_kernels import draw_candidates, draw_uniforms, verify
 
-batch, vocab, parents, control = 2, int(sys.argv[1]), eval(sys.argv[2]), sys.argv[3]
+batch, vocab, parents, control, rule = 3, int(sys.argv[1]), eval(sys.argv[2]), sys.argv[3], sys.argv[4]
 nodes, size = len(parents), vocab * 4
 assert size % mmap.PAGESIZE == 0
 memory = [mmap.mmap(-1, batch * nodes * size) for _ in range(2)]
@@ -80,22 +80,26 @@ target.normal_(generator=torch.Generator().manual_seed(0))
 draft.copy_(target).add_(torch.randn(draft.shape, generator=torch.Generator().manual_seed(1)), alpha=0.2)
 seeds = torch.arange(batch)
 tokens = torch.cat([seeds[:, None]] + [draw_candidates(draft[:, i], 4, seeds, 0) for i in range(5)], 1)
-arguments = tokens, torch.tensor(parents), draw_uniforms(seeds, 0, nodes + 2)
-path = verify(target, draft, *arguments).path
+uniforms = draw_uniforms(seeds, 0, nodes + 2)
+uniforms[2] = 2.0  # this request is refused, and has no way at all
+arguments = tokens, torch.tensor(parents), uniforms
+path = verify(target, draft, *arguments, rule=rule).path
 on_path = [[node for node in row if node >= 0] for row in path.tolist()]
 assert max(map(len, on_path)) > 1
 inner = set(parents)
-visited = [{(b, i) for b in range(batch) for i in on_path[b]}]
+# "traversal" may have entered any node
+ways = on_path[:2] if rule == "recursive" else [range(nodes)] * 2
+visited = [{(b, i) for b, way in enumerate(ways) for i in way}]
 visited.append({(b, i) for b, i in visited[0] if i in inner})
 if control != "none":
-    visited[int(control)].remove((0, on_path[0][0]))
+    visited[int(control)].remove((0, 0))
 protect = ctypes.CDLL(None, use_errno=True).mprotect
 for rows, wanted in zip((target, draft), visited):
     for b in range(batch):
         for i in range(nodes):
             if (b, i) not in wanted:
                 assert protect(ctypes.c_void_p(rows[b, i].data_ptr()), ctypes.c_size_t(size), 0) == 0
-again = verify(target, draft, *arguments).path
+again = verify(target, draft, *arguments, rule=rule).path
 assert torch.equal(again, path)
 print("untouched")
 os._exit(0)
@@ -103,12 +107,14 @@ os._exit(0)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages are protected by Linux's mprotect")
-@pytest.mark.parametrize("control", ["none", "0", "1"])
+@pytest.mark.parametrize(
+    ("rule", "control"), [("recursive", "none"), ("recursive", "0"), ("recursive", "1"), ("traversal", "none")]
+)
 @pytest.mark.parametrize("vocab", [1024, 16_384])
-def test_rows_off_the_way_are_not_touched(vocab: int, control: str) -> None:
+def test_rows_off_the_way_are_not_touched(vocab: int, rule: str, control: str) -> None:
     """Their pages cannot be read, so to touch one would end the process; a control protects a root's row, too."""
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(vocab), repr(PARENTS), control],
+        [sys.executable, "-c", SCRIPT, str(vocab), repr(PARENTS), control, rule],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[1],

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from triton.backends.compiler import GPUTarget
 
+assert os.environ.get("TRITON_WANTED", triton.__version__) == triton.__version__, "another Triton than was asked for"
 assert not triton.knobs.runtime.interpret, "TRITON_INTERPRET must be unset when triton is first imported"
 
 TARGETS = {
@@ -185,7 +186,7 @@ def unordered_releases(kernel: Any) -> list[str]:
 TABLE = Path(__file__).with_name("kernel_resources.json")
 UPDATE = "UPDATE_KERNEL_RESOURCES"
 # Versions before the one that the tests are run with are looked at for one target: does everything compile?
-TARGETS_HERE = tuple(TARGETS) if triton.__version__ >= "3.9" else ("sm_90",)
+TARGETS_HERE = tuple(TARGETS) if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else ("sm_90",)
 
 
 def entry(kernel: Resources) -> str:

@@ -10,8 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mcsd_kernels import SamplingParams
+from mcsd_kernels import _checks as check
 
 from ..attention import takes_tree_attention, tree_attention_in
+from ..checking import unwrapped
 from ..scoring import UnsupportedModelError, refusal
 from ..trees import chain_bits
 from .base import State
@@ -93,6 +95,7 @@ def first_layers(target: PreTrainedModel, layers: int) -> PreTrainedModel:
     Raises:
         UnsupportedModelError, ValueError: as `EarlyExitDrafter`.
     """
+    target = unwrapped(target)
     reason = refusal(target)
     if reason:
         raise UnsupportedModelError(f"target: {reason}")
@@ -105,8 +108,7 @@ def first_layers(target: PreTrainedModel, layers: int) -> PreTrainedModel:
     stacks = [path for path, part in decoder.named_children() if isinstance(part, nn.ModuleList) and len(part) == total]
     if len(stacks) != 1:
         raise UnsupportedModelError(f"target: early exit needs one list of {total} layers, {name} has {len(stacks)}")
-    if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers < total:
-        raise ValueError(f"layers: expected a whole number in [1, {total - 1}] for {name}, got {layers!r}")
+    layers = check.whole("layers", layers, 1, total - 1)
     config = copy.deepcopy(target.config)
     config.num_hidden_layers = layers
     if vars(config).get("layer_types") is not None:

@@ -91,7 +91,7 @@ class ModelDrafter(LevelDrafter):
         elif own != vocab:
             raise ValueError(
                 f"draft: expected the target's vocabulary of {vocab} tokens, got {own}; if both have one tokenizer and "
-                f"only padding differs, ModelDrafter(model, branching, shared_vocab={min(own, vocab)}) takes the model"
+                f"only padding differs, ModelDrafter(model, None, shared_vocab={min(own, vocab)}) takes the model"
             )
 
     def begin(self, state: State) -> None:

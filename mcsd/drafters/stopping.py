@@ -6,6 +6,8 @@ from typing import Protocol
 
 import torch
 
+from mcsd_kernels import _checks as check
+
 
 class Stopping(Protocol):
     """Asked once a level, after the draft has read the level's nodes and before it draws their children.
@@ -72,9 +74,7 @@ class ConfidenceStop:
     def __init__(self, threshold: float, top: int = 1) -> None:
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold: expected a probability in [0, 1], got {threshold!r}")
-        if isinstance(top, bool) or not isinstance(top, int) or top < 1:
-            raise ValueError(f"top: expected a whole number >= 1, got {top!r}")
-        self.threshold, self.top = threshold, top
+        self.threshold, self.top = threshold, check.whole("top", top, 1)
 
     def __call__(self, level: int, logits: torch.Tensor, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """See `Stopping`."""

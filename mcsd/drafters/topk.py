@@ -7,8 +7,10 @@ from contextlib import ExitStack
 import torch
 from transformers import PreTrainedModel
 
+from mcsd_kernels import _checks as check
 from mcsd_kernels import ancestor_bits
 
+from ..checking import compiled, unwrapped
 from ..trees import LARGEST_TREE, columns
 from .base import Drafter, Proposal, State
 from .reading import read_all, scorer_of
@@ -47,16 +49,18 @@ class TopKDrafter(Drafter):
         attention: str = "auto",
         stopping: Stopping | None = None,
     ) -> None:
-        for name, value in (("depth", depth), ("beam", beam), ("budget", budget)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
+        depth, beam, budget = (
+            check.whole("depth", depth, 1),
+            check.whole("beam", beam, 1),
+            check.whole("budget", budget, 1),
+        )
         on_offer = beam + (depth - 1) * beam * beam
         if not budget <= min(on_offer, LARGEST_TREE - 1):
             raise ValueError(
                 f"budget: expected at most {min(on_offer, LARGEST_TREE - 1)} candidates "
                 f"(depth {depth} and beam {beam} offer {on_offer}), got {budget}"
             )
-        self.model, self.attention, self.stopping = model, attention, stopping
+        self.model, self._given, self.attention, self.stopping = unwrapped(model), model, attention, stopping
         self.depth, self.beam, self.budget = depth, beam, budget
         self._contexts = ExitStack()
 
@@ -64,6 +68,7 @@ class TopKDrafter(Drafter):
         """Read the prompts, all but what `propose` will read anyway."""
         self._scorer = scorer_of(self.model, self.attention, state, 1 + (self.depth - 1) * self.beam)
         self._contexts.enter_context(self._scorer.attending())
+        self._contexts.enter_context(compiled(self._given))
         prompts = [sequence[:-1] for sequence in state.sequences]
         self._cached = [len(prompt) for prompt in prompts]
         self._scorer.prefill(columns(prompts, state.device), self._cached)

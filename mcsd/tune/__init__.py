@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mcsd_kernels import SamplingParams
+from mcsd_kernels import _checks as check
 from mcsd_kernels.verify import PROPOSALS
 
 from ..drafters import Drafter
@@ -108,8 +109,7 @@ def tune(
     Source: Chen et al., "Sequoia", arXiv 2402.12374 (search by dynamic programming, with the hardware's costs).
     """
     for name, value, least in (("nodes", nodes, 2), ("depth", depth, 1), ("width", width, 1), ("tokens", tokens, 8)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r}")
+        check.whole(name, value, least)
     tree_drafter(draft, (-1, 0), proposals[0] if proposals else "point")  # refuses what has no choice of trees
     if not prompts:
         raise ValueError("prompts: expected at least one")
