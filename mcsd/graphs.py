@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -120,7 +121,7 @@ def capture(function: Callable[[], Any], device: torch.device, pool: Any = None)
     if not torch.cuda.is_available():
         raise RuntimeError("there is no CUDA device")
     with _LOCK, torch.cuda.device(device):
-        ours, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+        ours, beside = torch.cuda.current_stream(), _beside(device)
         beside.wait_stream(ours)
         try:
             with torch.cuda.stream(beside):
@@ -129,7 +130,7 @@ def capture(function: Callable[[], Any], device: torch.device, pool: Any = None)
                     function()
         finally:
             ours.wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), pool or torch.cuda.graph_pool_handle()
         try:
             # a capture that fails leaves its own stream as the current one: the outer context puts that right
             with (
@@ -139,12 +140,20 @@ def capture(function: Callable[[], Any], device: torch.device, pool: Any = None)
                 outputs = function()
         except BaseException:
             _FAILED[:] = [graph]
+            with suppress(Exception):  # until then the allocator gives no memory back
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             with suppress(RuntimeError):  # the device's random numbers stay refused until a capture ends well
                 again = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=beside, capture_error_mode="thread_local")
                 with torch.cuda.stream(ours), again:
                     torch.zeros(1, device=device)
             raise
     return graph.replay, outputs
+
+
+@cache
+def _beside(device: torch.device) -> Any:
+    """The stream of a device's captures: graphs with one pool share memory only if they were captured on one stream."""
+    return torch.cuda.Stream()
 
 
 _under_way = threading.local()
@@ -249,6 +258,8 @@ class Graphs:
             if reason not in self._refused.values():
                 (self.report or LOG.warning)(reason)
             self._refused[known] = reason
+            if self._pool is not None:
+                self._pool = torch.cuda.graph_pool_handle()  # a failed capture may leave the other one in use
             return None
         finally:
             _under_way.yes = False

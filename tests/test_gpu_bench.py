@@ -456,7 +456,7 @@ class Cuda:
                 cuda.log.append("replay")
 
         @contextlib.contextmanager
-        def scope(_: Any) -> Iterator[None]:
+        def scope(_: Any, pool: Any = None) -> Iterator[None]:
             yield
 
         def set_mode(mode: str) -> None:
@@ -468,7 +468,7 @@ class Cuda:
             "get_device_properties": lambda _: types.SimpleNamespace(name="a GPU", L2_cache_size=1 << 10),
             "empty_cache": lambda: None, "mem_get_info": lambda: (7, 9), "memory_allocated": lambda: 100,
             "max_memory_allocated": lambda: 3100, "reset_peak_memory_stats": lambda: None,
-            "set_sync_debug_mode": set_mode,
+            "set_sync_debug_mode": set_mode, "graph_pool_handle": lambda: (0, 1),
         }  # fmt: skip
         for name, value in replaced.items():
             monkeypatch.setattr(torch.cuda, name, value)
@@ -536,7 +536,7 @@ def test_a_capture_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     captures: list[str] = []
 
     @contextlib.contextmanager
-    def capturing(graph: Any) -> Iterator[None]:
+    def capturing(graph: Any, pool: Any = None) -> Iterator[None]:
         captures.append("begun")
         yield
         captures.append("ended")
@@ -641,7 +641,7 @@ def test_sanitizer_with_a_tool_of_its_name(tmp_path: Path, monkeypatch: pytest.M
     """A program that runs a case and finds nothing, and one error where one was planted."""
     tool = tmp_path / "compute-sanitizer"
     planted = 'case "$*" in *planted*) echo "========= ERROR SUMMARY: 1 error"; exit 1;; esac'
-    tool.write_text(f'#!/bin/sh\n{planted}\nshift 2\n"$@"\necho "========= ERROR SUMMARY: 0 errors"\n')
+    tool.write_text(f'#!/bin/sh\n{planted}\nshift 4\n"$@"\necho "========= ERROR SUMMARY: 0 errors"\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -472,12 +472,13 @@ class Device:
             "is_available": lambda: True,
             "device": lambda device: nullcontext(),
             "current_stream": lambda: self.current,
-            "Stream": lambda: Stream("beside"),
             "stream": self.stream,
             "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
             "graph": self.graph,
+            "graph_pool_handle": lambda: (0, 1),
         }.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr("mcsd.graphs._beside", lambda device: Stream("beside"))
 
     @contextmanager
     def stream(self, stream: Any) -> Iterator[None]:

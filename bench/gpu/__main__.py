@@ -22,7 +22,7 @@ from . import rows, summary
 from .worker import BEGIN, BROKEN, COMPILED, END, ORIGIN
 
 # part -> (seconds it may take, processes); a part that times has the device to itself
-PARTS = {"checks": (330, 12), "laws": (90, 6), "sanitizer": (150, 3), "verify": (560, 1), "candidates": (240, 1)}
+PARTS = {"checks": (330, 12), "laws": (90, 6), "sanitizer": (150, 6), "verify": (560, 1), "candidates": (240, 1)}
 COMMAND = [sys.executable, "-m", "bench.gpu.worker"]
 WARM_WORKERS = 12
 # The share of a timed part's seconds in which its kernels are compiled, by many processes at once.
@@ -94,6 +94,8 @@ class Supervisor:
                     continue
                 self._listen()
                 alive.remove(worker)
+                if late and worker.unit is not None:
+                    print(f"{worker.unit}: the seconds are over", flush=True)
                 if worker.process.returncode == 0 or late:
                     continue
                 reason = f"silent for {self.options.silence:.0f} s" if silent else f"exit {worker.process.returncode}"
@@ -101,7 +103,9 @@ class Supervisor:
                     alive.append(self._start(command, worker.index))
 
     def _start(self, command: list[str], index: int) -> Worker:
-        environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(self._threads)}
+        environment = os.environ | dict.fromkeys(
+            ("TORCHINDUCTOR_COMPILE_THREADS", "OMP_NUM_THREADS"), str(self._threads)
+        )
         environment |= {"TRITON_INTERPRET": "1"} if self.options.smoke else {}
         # a group of its own, so that what it has started goes with it
         process = subprocess.Popen(

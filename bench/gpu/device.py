@@ -59,12 +59,14 @@ class Gpu:
             for _ in range(2):
                 call()
         ours.wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         try:
             # a capture that fails leaves its own stream as the current one: the outer context puts that right
-            with torch.cuda.stream(ours), torch.cuda.graph(graph):
+            with torch.cuda.stream(ours), torch.cuda.graph(graph, pool=pool):
                 result = call()
         except Exception:
+            with contextlib.suppress(Exception):  # until then the allocator gives no memory back
+                torch._C._cuda_endAllocateToPool(self.device.index, pool)
             # the allocator still asks this graph, and torch's generator refuses every number until a capture ends well
             self._failed.append(graph)
             with torch.cuda.stream(ours), torch.cuda.graph(torch.cuda.CUDAGraph()):
