@@ -18,7 +18,6 @@ targets are met.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import math
 import os
@@ -196,81 +195,40 @@ def fault(found: torch.Tensor, wanted: torch.Tensor, own: float) -> str | None:
 # ---- the clock
 
 
-@dataclass(frozen=True)
-class Replay:
-    """A captured call. The graph has bare addresses: what it reads and writes lives as long as this does."""
-
-    graph: Any
-    call: Call
-    output: torch.Tensor
-
-    def __call__(self) -> None:
-        self.graph.replay()
-
-
 class Clock:
     """Times calls that take turns.
 
     Args:
-        device: on a GPU a call is replayed as a CUDA graph after a buffer was read that the L2 cache cannot hold, which
-            leaves nothing dirty to be written back; on a CPU the process's time counts.
+        device: on a GPU a call is replayed as a CUDA graph with cold caches, see `bench.gpu.device`; on a CPU the
+            process's time counts.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
         if self.cuda:
-            cache = torch.cuda.get_device_properties(device).L2_cache_size
-            self._cold = torch.ones(max(4 * cache, 256 << 20) // 4, device=device)
-            self._sink = torch.empty((), device=device)
-            self._failed: list[Any] = []
+            from bench.gpu import device as there  # needs Triton, which a CPU may lack
+            from bench.gpu.plan import GPU
 
-    def prepare(self, call: Call) -> Callable[[], Any]:
-        """Warm up and, on a GPU, capture."""
-        if not self.cuda:
-            call()
-            return call
-        ours, beside = torch.cuda.current_stream(), torch.cuda.Stream()
-        beside.wait_stream(ours)
-        with torch.cuda.stream(beside):
-            for _ in range(3):
-                call()
-        ours.wait_stream(beside)
-        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-        try:
-            # a capture that fails leaves its own stream as the current one: the outer context puts that right
-            with torch.cuda.stream(ours), torch.cuda.graph(graph, pool=pool):
-                output = call()
-        except Exception:
-            with contextlib.suppress(Exception):  # until then the allocator gives no memory back
-                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-            # the allocator still asks this graph, and torch's generator refuses every number until a capture ends well
-            self._failed.append(graph)
-            with torch.cuda.stream(ours), torch.cuda.graph(torch.cuda.CUDAGraph()):
-                self._sink.zero_()
-            raise
-        return Replay(graph, call, output)
+            self._gpu = there.Gpu(GPU)
 
-    def microseconds(self, calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    def prepare(self, call: Call) -> Any:
+        """Warm up and, on a GPU, capture: what `microseconds` takes."""
+        if self.cuda:
+            return self._gpu.captured(call)
+        call()
+        return call
+
+    def microseconds(self, calls: dict[str, Any], rounds: int) -> dict[str, list[float]]:
         """What each call took, in every round."""
-        if not self.cuda:
-            times: dict[str, list[float]] = {name: [] for name in calls}
-            for _ in range(rounds):
-                for name, call in calls.items():
-                    start = time.process_time()
-                    call()
-                    times[name].append((time.process_time() - start) * 1e6)
-            return times
-        events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
+        if self.cuda:
+            return self._gpu.times(calls, lambda i: None, rounds)
+        times: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(rounds):
             for name, call in calls.items():
-                torch.sum(self._cold, dim=0, out=self._sink)
-                pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                pair[0].record()
+                start = time.process_time()
                 call()
-                pair[1].record()
-                events[name].append(pair)
-        torch.cuda.synchronize()
-        return {name: [a.elapsed_time(b) * 1e3 for a, b in pairs] for name, pairs in events.items()}
+                times[name].append((time.process_time() - start) * 1e6)
+        return times
 
     def limits(self, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
         """Measured: bytes a second of a copy, operations a second of a matrix product, time of an empty graph."""

@@ -197,9 +197,9 @@ def test_the_benchmark_runs_without_a_gpu(tmp_path: Path) -> None:
 
 def test_the_benchmark_keeps_what_its_graphs_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph has bare addresses: tensors that a call alone holds must outlive it."""
-    clock, made = attention.Clock(torch.device("cpu")), []
-    clock.cuda = True
-    monkeypatch.setattr(torch, "cuda", MagicMock())
+    made: list[Any] = []
+    monkeypatch.setattr(torch, "cuda", MagicMock(**{"current_device.return_value": 0}))
+    clock = attention.Clock(torch.device("cuda"))
     tensor = torch.ones(3)
 
     def call(read: torch.Tensor) -> torch.Tensor:
@@ -209,7 +209,7 @@ def test_the_benchmark_keeps_what_its_graphs_read(monkeypatch: pytest.MonkeyPatc
     replay, read = clock.prepare(partial(call, tensor)), weakref.ref(tensor)
     del tensor
     assert read() is not None and made[0]() is not None
-    replay()
+    replay.run()
     torch.cuda.CUDAGraph().replay.assert_called_once_with()  # type: ignore[attr-defined]
     del replay
     assert read() is None
