@@ -409,6 +409,11 @@ def _tree_attention_kernel(
             values = tl.where(seen[:, None], values, 0.0)
             top, total, mixed = _fold(scores, values, top, total, mixed, factor, PRECISION)
 
+    # The same as above, put differently: what is the same expression would be kept in registers through the loops.
+    again = row + GROUP
+    node, query_head = again // GROUP - 1, (head * GROUP + again % GROUP).to(tl.int64)
+    real = node < nodes
+    wide_node = node.to(tl.int64)
     # NaN counts as something: it must reach the output
     peak = tl.where(total == 0.0, float("-inf"), top * factor)
     if SPLIT:

@@ -51,7 +51,8 @@ def tree_attention(
         block_table: `[batch, blocks a request]` int32 or int64: slot s of request b is entry s % block_size of block
             block_table[b, s // block_size].
         sinks: `[q_heads]`, a score a head that takes part in the softmax and has no value; None: none.
-        backend: "torch" or "triton"; None to choose by device.
+        backend: "torch" or "triton"; None to choose by device. Triton's interpreter (3.6 to 3.9) multiplies the bits of
+            bf16 instead of the numbers: give it float32 or f16.
 
     Returns:
         like `query`, with the last axis of `value`. A row that sees nothing is zero.

@@ -115,13 +115,7 @@ def test_rows_are_loaded_16_bytes_at_a_time() -> None:
 
 # Triton's version, target, call: a spill that enters the table has to be written down here, too.
 SPILLS = {
-    # Groups of 7 and of 5 query heads. 32 rows a program would not spill, and would read the prefix four times.
-    ("3.9.0", "sm_80", "attention, Qwen 2.5 7B, 29 nodes"),
-    ("3.9.0", "sm_80", "attention, Qwen 2.5 14B, 29 nodes"),
-    # An older Triton; the tiles are chosen for the one above.
-    ("3.6.0", "sm_90", "attention, Qwen 2.5 7B, 29 nodes"),
-    ("3.6.0", "sm_90", "attention, 4 nodes, heads of 256, long"),
-    ("3.6.0", "sm_90", "attention, float32, heads of 128, pages, sinks"),
+    # An older Triton; the tiles are chosen for 3.9, with which nothing spills.
     ("3.6.0", "sm_90", "attention, float32, heads of 256"),
     ("3.6.0", "sm_90", "attention, float32, heads of 256, window, softcap"),
     ("3.6.0", "sm_90", "verify, walk, traversal, without replacement, bitmask, draft vocabulary, chosen siblings"),
