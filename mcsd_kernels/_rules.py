@@ -220,7 +220,8 @@ def traversal(tree: Tree, proposal: str) -> Step:
     The root always stops. A virtual node is a leaf whose stop emits its own token.
 
     Returns:
-        the last token; `tree.path` holds the accepted nodes.
+        the last token, None where a final draw found no mass; `tree.path` holds the accepted nodes, none before a last
+        token is known.
     """
     # a stack of its own: a tree may be deeper than Python's
     stack = [_visit(tree, proposal, Enter([0], 1.0))]
@@ -232,12 +233,18 @@ def traversal(tree: Tree, proposal: str) -> Step:
             stack.pop()
             answer = stop.value
             continue
+        except _NothingToDraw:
+            return None
         if isinstance(want, Enter):
             stack.append(_visit(tree, proposal, want))
             answer = None
         else:
             answer = yield want
     return answer
+
+
+class _NothingToDraw(Exception):
+    """The node that stopped has a row without mass: a law that was handed over and is none."""
 
 
 def _visit(tree: Tree, proposal: str, enter: Enter) -> Step:
@@ -289,9 +296,13 @@ class _Visit:
         node = self.path[-1]
         if len(self.path) > 1 and not self.tree.uniforms[node] * scale < mass:
             return None
-        self.tree.path = self.path
         token = yield final
-        return tested[1] if token is None and tested else token
+        if token is None:
+            if not tested:
+                raise _NothingToDraw
+            token = tested[1]
+        self.tree.path = self.path
+        return token
 
     def offer(self, offers: list[Offer], left: float, final: Draw, tested: Child | None, kappa: float = 1.0) -> Step:
         """Offer each candidate its share of what is `left`, then stop with what remains: kappa times the final mass."""

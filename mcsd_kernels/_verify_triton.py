@@ -1257,9 +1257,6 @@ def _walk_kernel(
                     spoilt = is_spoilt(masses)
                     bits, stops = tl.where(spoilt, NAN_ROW, bits), stops | spoilt
                     masses, tested = tl.where(spoilt, 0, masses), tl.where(spoilt, -1, tested)
-                    if RULE == "traversal":
-                        if shares:  # the mass was asked for before the node had stopped
-                            node, depth = tl.where(spoilt, 0, node), tl.where(spoilt, 0, depth)
                 if stops:
                     if (total <= 0.0) & (tested >= 0):
                         token = tl.load(tokens_ptr + tested).to(tl.int32)
@@ -1271,6 +1268,8 @@ def _walk_kernel(
                         if LAWS:
                             if token < 0:
                                 bits, token = tl.where(bits == 0, EMPTY_ROW, bits), token * 0 + _PLACEHOLDER
+                            if RULE == "traversal":  # nothing is accepted before the last token is known
+                                node, depth = tl.where(bits == 0, node, 0), tl.where(bits == 0, depth, 0)
                     phase = turn * 0 + _DONE
             if not stops:
                 # back to the parent, whose child has failed

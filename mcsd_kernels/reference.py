@@ -437,7 +437,7 @@ def traversal(problem: Problem, coins: Coins) -> Outcome:
         The accepted nodes from the root on, and the last token.
 
     Raises:
-        UnusableRow: a row that was reached holds no law; nothing is accepted, for nothing is until a node stops.
+        UnusableRow: a row that was reached holds no law; nothing is accepted, for nothing is before the last token.
     """
     outcome = _enter(problem, coins, [0], 1.0)
     assert outcome is not None, "the root always stops"
@@ -832,7 +832,7 @@ class _Request:
     @staticmethod
     def _row(values: Law, inputs: str, sampling: dict[str, float], coins: UniformCoins, shaker: _Shaker | None) -> Law:
         if inputs == "probabilities":
-            if np.isnan(values).any():
+            if not np.isfinite(values).all():
                 raise UnusableRow(Status.NAN_ROW)
             if not values.any():
                 raise UnusableRow(Status.EMPTY_ROW)

@@ -475,3 +475,13 @@ def refused_leaf(kind: str) -> dict[str, Any]:
         "uniforms": torch.full((2, 6), 0.97),
         "max_depth": 1 if kind == "at max_depth" else None,
     }
+
+
+def leaves_without_law(vocab: int, proposal: str, rule: str) -> Case:
+    """Four requests that accept a leaf whose row came as probabilities: with NaN, all 0, with infinity, and sound."""
+    target = torch.full((4, 2, vocab), 1 / vocab)
+    target[0, 1, 5], target[1, 1], target[2, 1, 5] = torch.nan, 0.0, torch.inf
+    draft = None if proposal == "point" else torch.full((4, 2, vocab), 1 / vocab)
+    uniforms = torch.tensor([[0.0, 0.0, 0.3, 0.411]] * 4)
+    options = {"proposal": proposal, "rule": rule, "inputs": "probabilities"}
+    return Case((target, draft, torch.tensor([[0, 3]] * 4), torch.tensor([-1, 0]), uniforms), options, "broken leaves")

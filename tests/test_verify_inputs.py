@@ -145,6 +145,18 @@ def test_a_broken_law_of_a_leaf_is_found_by_the_draw(vocab: int) -> None:
     assert reference.verify(*call, proposal="point", inputs="probabilities").status.tolist() == out.status.tolist()
 
 
+@pytest.mark.parametrize("rule", cases.RULES)
+@pytest.mark.parametrize("proposal", ["without_replacement", "greedy", "point"])
+@pytest.mark.parametrize("vocab", [40, 9000], ids=["short-rows", "long-rows"])
+def test_a_leaf_without_a_law_ends_its_request_as_the_oracle_says(vocab: int, proposal: str, rule: str) -> None:
+    case = cases.leaves_without_law(vocab, proposal, rule)
+    out = verify(*case.arguments, **case.options)
+    wanted = reference.verify(*case.arguments, **case.options)
+    assert all(torch.equal(mine, its) for mine, its in zip(out, wanted, strict=True)), (out, wanted)
+    assert out.status.tolist() == [Status.NAN_ROW, Status.EMPTY_ROW, Status.NAN_ROW, 0]
+    assert out.length.tolist() == [2 if rule == "recursive" else 1] * 3 + [2]
+
+
 @pytest.mark.parametrize("vocab", [40, 9000], ids=["short-rows", "long-rows"])
 def test_a_column_of_no_token_is_not_read(vocab: int) -> None:
     target = torch.softmax(torch.randn(2, 2, vocab), -1)
