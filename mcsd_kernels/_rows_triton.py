@@ -434,7 +434,8 @@ def _residuals(
     weights = laws_at(p, ids, ids < VOCAB, VOCAB)
     p_laws, q_laws = p[1][2], q[1][2]
     if q[0] is not None:
-        weights = weights - ratio * laws_at(q, ids, (ids < VOCAB) & (ratio != 0.0), VOCAB)
+        some = tl.where(ratio != 0.0, VOCAB, 0)  # a comparison of numbers would not broadcast in the interpreter
+        weights = weights - ratio * laws_at(q, ids, ids < some, VOCAB)
     if (p_laws is not None) or (q_laws is not None):
         weights = tl.where(weights <= 0.0, 0.0, weights)
     elif q[0] is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import cases
@@ -100,3 +103,63 @@ def test_a_broken_law_ends_its_own_request(monkeypatch: pytest.MonkeyPatch, voca
     call = (leaf, None, tokens[:3, :1], parents[:1], torch.full((3, 3), 0.5))
     out = verify(*call, proposal="point", inputs="probabilities", backend="triton")
     assert out.status.tolist() == [Status.NAN_ROW, Status.EMPTY_ROW, 0]
+
+
+@pytest.mark.parametrize("schedule", ["walk", "split"])
+@pytest.mark.parametrize("rule", cases.RULES)
+@pytest.mark.parametrize("proposal", ["without_replacement", "greedy", "point"])
+def test_a_leaf_without_a_law_ends_its_request_as_the_oracle_says(
+    monkeypatch: pytest.MonkeyPatch, proposal: str, rule: str, schedule: str
+) -> None:
+    launch_by(monkeypatch, schedule)
+    case = cases.leaves_without_law(40, proposal, rule)
+    out = verify(*case.arguments, **case.options, backend="triton")
+    wanted = reference.verify(*case.arguments, **case.options)
+    assert all(torch.equal(mine, its) for mine, its in zip(out, wanted, strict=True)), (out, wanted)
+
+
+def test_the_interpreter_as_it_comes() -> None:
+    """These tests repair and sharpen Triton's interpreter; a user has it as it is."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    found = subprocess.run([sys.executable, "-c", _AS_IT_COMES], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.split() == ["12"]
+
+
+_AS_IT_COMES = """
+import numpy as np
+import torch
+from mcsd_kernels import SamplingParams, draw_candidates, draw_uniforms, verify
+
+np.seterr(all="ignore")
+target, draft = (2 * torch.randn(2, 4, 30, generator=torch.Generator().manual_seed(n)) for n in range(2))
+parents, seeds = torch.tensor([-1, 0, 0, 1]), torch.arange(2)
+tokens, equal = torch.zeros(2, 4, dtype=torch.long), 0
+for proposal, dtype in (
+    ("without_replacement", torch.float32), ("with_replacement", torch.bfloat16), ("greedy", torch.float32),
+    ("without_replacement", torch.bfloat16), ("greedy", torch.bfloat16), ("point", torch.bfloat16),
+):
+    sampling = SamplingParams() if dtype is torch.float32 else SamplingParams(0.8, 20, 0.95)
+    rows = target.to(dtype), draft.to(dtype)
+    uniforms = draw_uniforms(seeds, 1, 6, backend="triton")
+    for node, width in ((0, 2), (1, 1)):
+        if proposal != "point":
+            drawn = [
+                draw_candidates(
+                    rows[1][:, node], width, seeds, 1, proposal=proposal, sampling=sampling, backend=backend
+                )
+                for backend in ("torch", "triton")
+            ]
+            assert torch.equal(*drawn)
+            tokens[:, 2 * node + 1 : 2 * node + 1 + width] = drawn[0]
+        else:
+            tokens[:, 1:] = torch.tensor([3, 7, 5])
+    for rule in ("recursive", "traversal"):
+        both = [
+            verify(*rows, tokens, parents, uniforms, proposal=proposal, rule=rule, sampling=sampling, backend=backend)
+            for backend in ("torch", "triton")
+        ]
+        assert all(map(torch.equal, *both)), (proposal, rule, dtype, both)
+        equal += 1
+print(equal)
+"""
