@@ -170,9 +170,11 @@ def generate(
     processors = _list_of("logits_processor", LogitsProcessorList, logits_processor)
 
     room = longest + max_new_tokens + LARGEST_TREE
-    scorer = Scorer(
-        target, room, attention, drafter.reads_hidden, batch if graphs else None, _tell if progress else None
-    )
+    stats = Stats(status=[0] * batch)
+    with stats.phase("prefill"):
+        scorer = Scorer(
+            target, room, attention, drafter.reads_hidden, batch if graphs else None, _tell if progress else None
+        )
     state = State(
         sequences=[list(prompt) for prompt in prompts],
         active=[True] * batch,
@@ -186,7 +188,6 @@ def generate(
     )
     output = _Output(input_ids, max_new_tokens, ends, streamer, (pad or eos or [0])[0])
     process = partial(_process, processors, output) if processors else None
-    stats = Stats(status=[0] * batch)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         stack.enter_context(scorer.attending())

@@ -44,7 +44,7 @@ class UnsupportedModelError(ValueError):
 
 
 def refusal(model: object, attention: str = "auto") -> str | None:
-    """Why this model cannot score token trees, or None; looks at classes and configuration only, see `mcsd.check`."""
+    """Why this model cannot score token trees, or None; nothing is run, as it is by `mcsd.check`."""
     if not isinstance(model, PreTrainedModel):
         return f"expected a Hugging Face model, got {type(model).__name__}"
     config = model.config.get_text_config(decoder=True)
@@ -52,6 +52,10 @@ def refusal(model: object, attention: str = "auto") -> str | None:
         return f"{type(model).__name__} is an encoder-decoder; mcsd decodes decoder-only models"
     if not model.can_generate():
         return f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM"
+    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return (
+            f"{type(model).__name__} trains with gradient checkpointing, which takes its cache away; call eval() first"
+        )
     try:
         layers = _layers(config)
     except Exception as error:  # a configuration that no cache can be made for

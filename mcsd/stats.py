@@ -52,9 +52,9 @@ class Stats:
         tokens: tokens emitted, over all requests.
         tested_by_depth: entry d: steps in which a node of depth d was accepted and depth d + 1 was on offer.
         accepted_by_depth: entry d: steps in which a node of depth d + 1 was accepted.
-        seconds: wall time by phase: prefill, draft, score, verify, keep, other; and step, for steps that were replayed
-            as one. On a GPU that is the time to launch a phase's work, and "other" waits for all of it; see
-            `device_time`.
+        seconds: wall time by phase: prefill (with what a model is asked once, before its first prompt), draft, score,
+            verify, keep, other; and step, for steps that were replayed as one. On a GPU that is the time to launch a
+            phase's work, and "other" waits for all of it; see `device_time`.
         interrupted: generation was stopped from the keyboard.
         status: for each request the `mcsd_kernels.Status` bits met, 0 for none.
         proposed_by_origin: candidates by `Proposal.origin`, where a drafter says it.

@@ -1238,6 +1238,22 @@ def test_models_without_trees_are_refused_with_the_reason(
     assert untouched(llama) == before
 
 
+@pytest.mark.parametrize("role", ["target", "draft"])
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_training_with_gradient_checkpointing_is_refused(role: str, llama: PreTrainedModel) -> None:
+    """transformers then takes the cache away, and every token would be scored without what comes before it."""
+    other = tiny().float()
+    other.gradient_checkpointing_enable()
+    models_ = {"target": llama, "draft": llama, role: other}
+    options: Any = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 3, "temperature": 0.0}
+    wanted = mcsd.generate(**models_, **options).sequences
+    other.train()
+    with pytest.raises(mcsd.UnsupportedModelError, match=r"gradient checkpointing.* eval\(\)"):
+        mcsd.generate(**models_, **options)
+    assert "gradient checkpointing" in mcsd.check(other).reason
+    assert torch.equal(mcsd.generate(**{**models_, role: other.eval()}, **options).sequences, wanted)
+
+
 def test_sliding_windows_have_no_dense_form() -> None:
     with pytest.raises(mcsd.UnsupportedModelError, match="sliding"):
         mcsd.generate(tiny("mistral"), "ngram", IDS, MASK, max_new_tokens=3, attention="dense")

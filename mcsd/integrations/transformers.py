@@ -32,8 +32,12 @@ class TreeDecoding:
     Of `generate`'s options everything that shapes the text works: lengths, `do_sample`, temperature and filters, the
     logits processors it builds or is given, stopping criteria, `max_time`, special tokens, `num_return_sequences`,
     `return_dict_in_generate`. What cannot be had is refused by name: beams, scores, attentions and hidden states as
-    output, a cache brought along, embeddings as input, other kinds of assistance. `generate` keeps its `streamer` and
-    `tokenizer` to itself, so those two, and `stop_strings`, belong here.
+    output, a cache brought along, embeddings as input, other kinds of assistance. A request that a stopping
+    criterion has ended is padded, whether or not the model has an end token.
+
+    `generate` keeps three arguments to itself without a word. `streamer` and `tokenizer`, and so `stop_strings`, belong
+    here: a streamer given to `generate` gets the prompt and no end, and whoever iterates over it waits for ever.
+    `assistant_model` belongs here as `draft`.
 
     Args:
         draft: a smaller model, a `Drafter` or "ngram", as in `mcsd.generate`, and so are the next three.
