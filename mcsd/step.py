@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from mcsd_kernels import Verified, ancestor_bits, draw_uniforms, verify
-from mcsd_kernels.tree import node_depths
+from mcsd_kernels import Verified, ancestor_bits, draw_uniforms, node_depths, verify
 
 from .drafters import Drafter, Proposal, State
 from .graphs import prefix_bucket

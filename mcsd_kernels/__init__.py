@@ -5,7 +5,7 @@ from .candidates import draw_candidates
 from .cutoffs import row_cutoffs
 from .random import draw_uniforms
 from .sampling import SamplingParams
-from .tree import ancestor_bits, keep_path, tree_attention_mask
+from .tree import ancestor_bits, keep_path, node_depths, tree_attention_mask
 from .types import Status, Verified
 from .verify import verify
 
@@ -17,6 +17,7 @@ __all__ = [
     "draw_candidates",
     "draw_uniforms",
     "keep_path",
+    "node_depths",
     "row_cutoffs",
     "tree_attention",
     "tree_attention_mask",

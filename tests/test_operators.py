@@ -18,6 +18,7 @@ from mcsd_kernels import (
     draw_candidates,
     draw_uniforms,
     keep_path,
+    node_depths,
     row_cutoffs,
     tree_attention,
     tree_attention_mask,
@@ -151,6 +152,7 @@ CALLS: list[Any] = [
     pytest.param(tree_attention, attention_call, id="tree_attention"),
     pytest.param(tree_attention, paged_call, id="tree_attention-with-everything"),
     pytest.param(keep_path, keep_call, id="keep_path"),
+    pytest.param(node_depths, lambda: {"ancestors": ancestor_bits(torch.arange(-1, 40))}, id="node_depths"),
 ]  # fmt: skip
 
 # The operators of each public function, as its arguments reach them.

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mcsd_kernels import ancestor_bits, keep_path, reference, tree_attention_mask
-from mcsd_kernels.tree import node_depths
+from mcsd_kernels import ancestor_bits, keep_path, node_depths, reference, tree_attention_mask
 
 
 def random_parents(nodes: int, seed: int, padding: float = 0.0, batch: int | None = None) -> torch.Tensor:

@@ -11,8 +11,7 @@ import triton_interpreter
 from test_tree import PATHS, bits_equal, filled_cache, random_parents
 
 from mcsd_kernels import _tree_triton as tree_triton
-from mcsd_kernels import ancestor_bits, keep_path, reference, tree_attention_mask
-from mcsd_kernels.tree import node_depths
+from mcsd_kernels import ancestor_bits, keep_path, node_depths, reference, tree_attention_mask
 
 triton_interpreter.install()
 

@@ -23,13 +23,13 @@ from mcsd_kernels import (
     draw_candidates,
     draw_uniforms,
     keep_path,
+    node_depths,
     reference,
     row_cutoffs,
     tree_attention,
     tree_attention_mask,
     verify,
 )
-from mcsd_kernels.tree import node_depths
 
 from . import agreement, inputs
 from .device import host_microseconds, launches, profiled

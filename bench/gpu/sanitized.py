@@ -56,12 +56,12 @@ def call_everything(rule: str, device: torch.device, vocab: int) -> None:
         draw_candidates,
         draw_uniforms,
         keep_path,
+        node_depths,
         row_cutoffs,
         tree_attention,
         tree_attention_mask,
         verify,
     )
-    from mcsd_kernels.tree import node_depths
 
     parents = torch.tensor([-1, 0, 0, 0, 1, 1, 2, 4, -1, 0])
     batch, nodes = 2, len(parents)
