@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 import torch
@@ -103,9 +104,14 @@ def tree_attention_forward(
     """
     if mcsd_tree is None:
         if attention_mask is None or attention_mask.dtype != torch.int32 or attention_mask.dim() != 4:
-            raise RuntimeError(f"{type(module).__name__} passed no token tree to its attention; see mcsd.check(model)")
+            raise RuntimeError(
+                f"{type(module).__name__} passed no token tree to its attention. While mcsd generates with a model, "
+                "nobody else can run it, callbacks and logits processors included; at other times see mcsd.check(model)"
+            )
         mcsd_tree = TreeStep(attention_mask[:, 0, :, :-1].contiguous(), attention_mask[:, 0, 0, -1].contiguous())
     mcsd_tree.windows.append(sliding_window)
+    if query.dtype != value.dtype:  # autocast: what turned them by their positions left them in float32
+        query, key = query.to(value.dtype), key.to(value.dtype)
     if query.device.type == "cpu" and sliding_window is None and softcap is None and s_aux is None:
         # On the CPU the mask costs as much as the attention, and all layers share it. Query heads of one key-value
         # head are rows to it: neither a boolean mask nor grouped heads are then converted in every layer.
@@ -146,17 +152,31 @@ def takes_tree_attention(model: PreTrainedModel) -> bool:
     return bool(model._can_set_attn_implementation())
 
 
+# Configurations of the models that attend by tree now: id -> the configuration, how often, and what it says otherwise.
+# Contexts of one model, or of models with a configuration in common, may overlap in any order, and in several threads.
+_INSIDE: dict[int, tuple[Any, int, str | None]] = {}
+_LOCK = RLock()
+
+
 @contextmanager
 def tree_attention_in(model: PreTrainedModel) -> Iterator[None]:
-    """The model uses tree attention inside this context, and what it used before after it."""
+    """The model uses tree attention inside this context; after the last of several, what it used before the first."""
     parts = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    before = [(config, config._attn_implementation) for config in _with_parts(*parts)]
-    model.set_attn_implementation(NAME)
+    configs = list({id(config): config for config in _with_parts(*parts)}.values())
+    with _LOCK:
+        for config in configs:
+            _, count, before = _INSIDE.get(id(config), (None, 0, config._attn_implementation))
+            _INSIDE[id(config)] = config, count + 1, before
+        model.set_attn_implementation(NAME)
     try:
         yield
     finally:
-        for config, name in before:  # outer ones first: each changes those inside it, too
-            config._attn_implementation = name
+        with _LOCK:
+            for config in configs:  # outer ones first: each changes those inside it, too
+                _, count, before = _INSIDE.pop(id(config))
+                if count > 1:
+                    _INSIDE[id(config)] = config, count - 1, before
+                config._attn_implementation = NAME if count > 1 else before
 
 
 def _with_parts(*configs: Any) -> Iterator[Any]:

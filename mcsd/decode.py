@@ -114,7 +114,8 @@ def generate(
             number among the sampling parameters belongs to what is captured, a tensor does not. Where nothing can be
             captured, all runs as always and a line says why.
         progress: show a progress bar on stderr.
-        callback: called with the running `Stats` after every step.
+        callback: called with the running `Stats` after every step. Inside a generation nobody else can run its models,
+            callbacks, observers and logits processors included; other generations can, nested and in other threads.
         observer: called in every step with what was verified: the state before it, the tree, the target's logits
             `[batch, scored nodes, vocab]` and `verify`'s answer. The next step may write to their memory.
 

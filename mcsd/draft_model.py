@@ -32,7 +32,7 @@ WEIGHTS_FILE = "draft_int8.safetensors"
 class SubVocabularyHead(nn.Module):
     """An output head with a row for some token ids only; every other id gets the logit -inf, so it is never drafted.
 
-    While `reduced` is set, the logits have a column for each of those ids and no others.
+    While `reduced` is above 0, the logits have a column for each of those ids and no others.
 
     Args:
         hidden_size: width of the hidden states.
@@ -46,12 +46,12 @@ class SubVocabularyHead(nn.Module):
     def __init__(self, hidden_size: int, rows: int, vocab_size: int) -> None:
         super().__init__()
         self.vocab_size = vocab_size
-        self.reduced = False
+        self.reduced = 0  # contexts that ask for it
         self.weight = nn.Parameter(torch.empty(rows, hidden_size))
         self.register_buffer("sub_vocab", torch.empty(rows, dtype=torch.int64))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits over the full vocabulary, or over `sub_vocab` while `reduced` is set.
+        """Logits over the full vocabulary, or over `sub_vocab` while `reduced` is above 0.
 
         Args:
             hidden: `[..., hidden_size]`.
@@ -92,11 +92,11 @@ class SubVocabularyDraft(LlamaForCausalLM):
     @contextmanager
     def reduced(self) -> Iterator[None]:
         """Inside this context the logits have one column for each id of `sub_vocab`."""
-        self.lm_head.reduced = True
+        self.lm_head.reduced += 1
         try:
             yield
         finally:
-            self.lm_head.reduced = False
+            self.lm_head.reduced -= 1
 
     @classmethod
     def from_folder(cls, folder: Path, embedding: torch.Tensor) -> SubVocabularyDraft:

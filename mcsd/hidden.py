@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import get_ident
 from typing import Any
 from weakref import WeakSet
 
@@ -12,7 +13,7 @@ _CHECKED: WeakSet[PreTrainedModel] = WeakSet()
 
 
 class HiddenStates:
-    """Keeps the decoder's output of the most recent forward inside its context.
+    """Keeps the decoder's output of the most recent forward inside its context, by the thread that entered it.
 
     Args:
         model: a causal language model that `why_not` has no objection to.
@@ -24,6 +25,7 @@ class HiddenStates:
         self._hook: Any = None
 
     def __enter__(self) -> HiddenStates:
+        self._thread = get_ident()
         self._hook = self.model.get_decoder().register_forward_hook(self._take)
         return self
 
@@ -32,7 +34,8 @@ class HiddenStates:
         self.last = None
 
     def _take(self, module: torch.nn.Module, arguments: Any, output: Any) -> None:
-        self.last = output[0] if isinstance(output, tuple) else output.last_hidden_state
+        if get_ident() == self._thread:
+            self.last = output[0] if isinstance(output, tuple) else output.last_hidden_state
 
 
 def why_not(model: PreTrainedModel) -> str | None:

@@ -89,8 +89,8 @@ class MergedDrafter(Drafter):
             drafter.keep(told, torch.where(path >= 0, number, -1).to(path.dtype), length)
 
     def end(self) -> None:
-        """All end."""
-        for drafter in self.drafters:
+        """All end, the last one first."""
+        for drafter in reversed(self.drafters):
             drafter.end()
             drafter.alone = True
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from ..cache import REREAD
 from ..scoring import Scorer
 from ..trees import chain_bits, columns
 from .base import State
@@ -39,10 +40,21 @@ def read_all(scorer: Scorer, state: State, cached: Sequence[int]) -> torch.Tenso
         `[batch, 1, columns]` logits after each request's root.
     """
     lengths = [len(sequence) for sequence in state.sequences]
-    width = max(length - read for length, read in zip(lengths, cached, strict=True))
-    # a request with less that is new reads some of its text again, to no effect, and so stays within its room
-    start = [max(length - width, 0) for length in lengths]
-    tokens = columns([s[first:] for s, first in zip(state.sequences, start, strict=True)], state.device)
-    logits = scorer.score(tokens, chain_bits(tokens.shape[1], state.device), None, start)
+    cached = list(cached)
+    while True:
+        left = [length - read for length, read in zip(lengths, cached, strict=True)]
+        width = max(left)
+        # A request with less that is new reads some of its text again, to no effect, and so stays within its room. What
+        # lies further back may have left the cache.
+        if width - min(left) > REREAD:
+            width = REREAD
+        ends = [min(read + width, length) for length, read in zip(lengths, cached, strict=True)]
+        start = [max(end - width, 0) for end in ends]
+        rows = [s[first:end] for s, first, end in zip(state.sequences, start, ends, strict=True)]
+        tokens = columns(rows, state.device)
+        logits = scorer.score(tokens, chain_bits(tokens.shape[1], state.device), None, start)
+        cached = ends
+        if ends == lengths:
+            break
     last = torch.tensor([n - first - 1 for n, first in zip(lengths, start, strict=True)], device=state.device)
     return logits[torch.arange(len(lengths), device=state.device), last][:, None]

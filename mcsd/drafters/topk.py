@@ -65,7 +65,14 @@ class TopKDrafter(Drafter):
         self._contexts = ExitStack()
 
     def begin(self, state: State) -> None:
-        """Read the prompts, all but what `propose` will read anyway."""
+        """Read the prompts, all but what `propose` will read anyway.
+
+        Raises:
+            ValueError: another vocabulary than the target's.
+        """
+        own = self.model.config.get_text_config(decoder=True).vocab_size
+        if own != state.vocab:
+            raise ValueError(f"model: expected the target's vocabulary of {state.vocab} tokens, got {own}")
         self._scorer = scorer_of(self.model, self.attention, state, 1 + (self.depth - 1) * self.beam)
         self._contexts.enter_context(self._scorer.attending())
         self._contexts.enter_context(compiled(self._given))
