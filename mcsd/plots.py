@@ -83,7 +83,11 @@ def plot_file(source: str | PathLike[str], picture: str | PathLike[str]) -> Path
 
         plot_diagnostics(summarise(read_rows(source)), path)
     else:
-        plot_profile(Profile.load(source), path)
+        profile = Profile.load(source)
+        try:
+            plot_profile(profile, path)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"plot: {source} is no whole profile of mcsd tune: {error!r}") from None
     return path
 
 

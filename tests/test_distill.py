@@ -311,6 +311,9 @@ class TestRefusals:
         same_settings(tmp_path, "a.json", {"batch": 4})
         with pytest.raises(ValueError, match="made with batch = 4, now it is 5"):
             same_settings(tmp_path, "a.json", {"batch": 5})
+        (tmp_path / "b.json").write_text('{"batch": ')
+        with pytest.raises(ValueError, match=r"b\.json: damaged"):
+            same_settings(tmp_path, "b.json", {"batch": 4})
 
     def test_on_the_command_line(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -475,6 +475,32 @@ def probabilities(*shape: int, seed: int) -> torch.Tensor:
     return rows / rows.sum(-1, keepdim=True)
 
 
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"draft_probs": torch.rand(2, 9)}, "draft_probs"),
+        ({"draft_token_ids": torch.zeros(2, 4).long()}, "draft_token_ids"),
+        ({"target_probs": torch.rand(2, 3, 9)}, "target_probs"),
+        ({"target_probs": torch.rand(2, 4, 8)}, "target_probs"),
+        ({"seed": torch.arange(3)}, r"seed: expected shape \[1\] or \[2\], got \[3\]"),
+        ({"seed": 1, "offset": torch.arange(3)}, "offset"),
+    ],
+)
+def test_flashinfer_names_what_is_wrong(changed: dict[str, Any], why: str) -> None:
+    right = {"draft_probs": torch.rand(2, 3, 9), "draft_token_ids": torch.zeros(2, 3).long()}
+    right["target_probs"] = torch.rand(2, 4, 9)
+    flashinfer.chain_speculative_sampling(**right)
+    with pytest.raises(ValueError, match=why):
+        flashinfer.chain_speculative_sampling(**{**right, **changed})
+
+
+def test_flashinfer_without_drafts() -> None:
+    target = torch.rand(3, 1, 9).softmax(-1)
+    tokens, *counts = flashinfer.chain_speculative_sampling(torch.rand(3, 0, 9), torch.zeros(3, 0).long(), target)
+    assert tokens.shape == (3, 1) and (tokens >= 0).all()
+    assert [count.tolist() for count in counts] == [[0, 0, 0]] * 2
+
+
 def test_flashinfer_docstring_example() -> None:
     """The first draft is almost sure to stay, the second cannot, and what replaces it is certain."""
     q = torch.tensor([[[0.1, 0.2, 0.3, 0.4], [0.2, 0.3, 0.4, 0.1]]])

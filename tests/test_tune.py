@@ -436,6 +436,16 @@ def test_a_profile_and_a_recording_can_be_drawn(ending: str, tmp_path: Path) -> 
     assert plot_file(source, picture).read_bytes() != first
 
 
+@pytest.mark.parametrize("damage", [{"settings": [1]}, {"curve": None}, {"curve": [{}]}, {"shapes": [{}]}])
+def test_a_damaged_profile_is_not_drawn(damage: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    source = tmp_path / "profile.json"
+    some_profile().save(source)
+    source.write_text(json.dumps({**json.loads(source.read_text()), **damage}))
+    with pytest.raises(ValueError, match=r"profile\.json"):
+        plot_file(source, tmp_path / "picture.svg")
+
+
 def test_pictures_name_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "profile.json"
     some_profile().save(source)

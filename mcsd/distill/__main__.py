@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..batch import read_prompts
 from ..bundled import DEFAULT_TARGET
 from ..models import load_target
-from .files import same_settings
+from .files import read_json, same_settings, write_whole
 from .product import save_product
 from .students import FeatureStudent, LayersStudent, new_feature_student, new_layers_student
 from .text import Prompter, write_text
@@ -188,8 +188,9 @@ def _write(
 def _kept(path: Path, make: Callable[[], list[int]]) -> list[int]:
     """A list that is made once and then read from a file."""
     if not path.exists():
-        path.write_text(json.dumps(make()))
-    kept: list[int] = json.loads(path.read_text())
+        numbers = json.dumps(make())
+        write_whole(path, lambda partial: partial.write_text(numbers))
+    kept: list[int] = read_json(path)
     return kept
 
 

@@ -19,6 +19,18 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def read_json(path: Path) -> Any:
+    """What a file that a run goes on from holds.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); delete it, and it is made again") from None
+
+
 def same_settings(folder: Path, name: str, settings: dict[str, Any]) -> None:
     """Record what a folder was made with, or compare with what is recorded.
 
@@ -28,14 +40,14 @@ def same_settings(folder: Path, name: str, settings: dict[str, Any]) -> None:
         settings: plain values.
 
     Raises:
-        ValueError: the folder was made with other settings.
+        ValueError: the folder was made with other settings, or the file is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     if not path.exists():
         write_whole(path, lambda partial: _write_json(partial, settings))
         return
-    recorded = json.loads(path.read_text())
+    recorded = read_json(path)
     for key in sorted(settings.keys() | recorded.keys()):
         if settings.get(key) != recorded.get(key):
             raise ValueError(

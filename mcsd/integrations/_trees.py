@@ -89,6 +89,6 @@ def rows_of(name: str, value: torch.Tensor) -> torch.Tensor:
     """
     if value.dim() != 3:
         raise ValueError(f"{name}: expected three axes, the last one the vocabulary, got {list(value.shape)}")
-    if value.shape[0] > 1 and value.stride(0) != value.shape[1] * value.stride(1):
+    if value.shape[0] > 1 and value.shape[1] > 0 and value.stride(0) != value.shape[1] * value.stride(1):
         raise ValueError(f"{name}: expected rows at equal distances, got strides {value.stride()}; make it contiguous")
     return value.flatten(0, 1)

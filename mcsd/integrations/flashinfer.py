@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from mcsd_kernels import _checks as check
 from mcsd_kernels import draw_uniforms, verify
 
 from ._trees import chain, rows_of
@@ -52,7 +53,10 @@ def chain_speculative_sampling(
     Raises:
         ValueError: a wrong shape or dtype.
     """
+    check.tensor("draft_probs", draft_probs, (None, None, None), check.FLOATS)
     batch, drafts, vocab = draft_probs.shape
+    check.tensor("draft_token_ids", draft_token_ids, (batch, drafts), check.INTEGERS)
+    check.tensor("target_probs", target_probs, (batch, drafts + 1, vocab), check.FLOATS)
     device = draft_probs.device
     coins = _coins(batch, drafts + 3, generator, seed, offset, device)
     place = torch.arange(drafts + 1, device=device)
@@ -98,6 +102,9 @@ def _coins(
     if seed is None:
         return torch.rand(batch, count, generator=generator, device=device)
     seeds = torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(-1)
+    for name, value in (("seed", seed), ("offset", offset)):
+        if isinstance(value, torch.Tensor) and value.numel() not in (1, batch):
+            raise ValueError(f"{name}: expected shape [1] or [{batch}], got {list(value.shape)}")
     if seeds.numel() != batch:
         seeds = seeds + torch.arange(batch, device=device) * _STRIDE
     step = torch.as_tensor(0 if offset is None else offset, dtype=torch.int64, device=device).reshape(-1) & 0xFFFFFFFF
