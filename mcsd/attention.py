@@ -167,8 +167,9 @@ def tree_attention_in(model: PreTrainedModel) -> Iterator[None]:
         for config in configs:
             _, count, before = _INSIDE.get(id(config), (None, 0, config._attn_implementation))
             _INSIDE[id(config)] = config, count + 1, before
-        model.set_attn_implementation(NAME)
     try:
+        with _LOCK:
+            model.set_attn_implementation(NAME)
         yield
     finally:
         with _LOCK:
