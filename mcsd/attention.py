@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import RLock
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from mcsd_kernels import tree_attention
 from mcsd_kernels.tree import dense_mask, unpack_bits
+
+from .overlapping import Overlapping
 
 NAME = "mcsd_tree"
 
@@ -152,10 +153,7 @@ def takes_tree_attention(model: PreTrainedModel) -> bool:
     return bool(model._can_set_attn_implementation())
 
 
-# Configurations of the models that attend by tree now: id -> the configuration, how often, and what it says otherwise.
-# Contexts of one model, or of models with a configuration in common, may overlap in any order, and in several threads.
-_INSIDE: dict[int, tuple[Any, int, str | None]] = {}
-_LOCK = RLock()
+_INSIDE = Overlapping()  # configurations, which models may have in common, and what they say otherwise
 
 
 @contextmanager
@@ -163,21 +161,18 @@ def tree_attention_in(model: PreTrainedModel) -> Iterator[None]:
     """The model uses tree attention inside this context; after the last of several, what it used before the first."""
     parts = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     configs = list({id(config): config for config in _with_parts(*parts)}.values())
-    with _LOCK:
+    with _INSIDE.lock:
         for config in configs:
-            _, count, before = _INSIDE.get(id(config), (None, 0, config._attn_implementation))
-            _INSIDE[id(config)] = config, count + 1, before
+            _INSIDE.enter(config, config._attn_implementation)
     try:
-        with _LOCK:
+        with _INSIDE.lock:
             model.set_attn_implementation(NAME)
         yield
     finally:
-        with _LOCK:
+        with _INSIDE.lock:
             for config in configs:  # outer ones first: each changes those inside it, too
-                _, count, before = _INSIDE.pop(id(config))
-                if count > 1:
-                    _INSIDE[id(config)] = config, count - 1, before
-                config._attn_implementation = NAME if count > 1 else before
+                last, before = _INSIDE.leave(config)
+                config._attn_implementation = before if last else NAME
 
 
 def _with_parts(*configs: Any) -> Iterator[Any]:

@@ -15,6 +15,7 @@ from mcsd_kernels import ancestor_bits
 from mcsd_kernels._checks import whole
 
 from .attention import takes_tree_attention
+from .overlapping import Overlapping
 from .scoring import ATTENTION, Scorer, UnsupportedModelError, refusal
 
 
@@ -134,22 +135,21 @@ def compiled(model: Any) -> Iterator[None]:
     if inner is model:
         yield
         return
-    users = _COMPILED.setdefault(id(inner), [0, inner._compiled_call_impl])
-    users[0] += 1
-    inner._compiled_call_impl = model.dynamo_ctx(inner._call_impl)  # as `inner.compile()` does
+    with _COMPILED.lock:
+        _COMPILED.enter(inner, inner._compiled_call_impl)
+        inner._compiled_call_impl = model.dynamo_ctx(inner._call_impl)  # as `inner.compile()` does
     try:
         yield
     finally:
-        users[0] -= 1
-        if not users[0]:
-            _, before = _COMPILED.pop(id(inner))
-            del inner._compiled_call_impl
-            if before is not None:
-                inner._compiled_call_impl = before
+        with _COMPILED.lock:
+            last, before = _COMPILED.leave(inner)
+            if last:
+                del inner._compiled_call_impl
+                if before is not None:
+                    inner._compiled_call_impl = before
 
 
-# a model's number -> how many such contexts it is in, and what it had before the first
-_COMPILED: dict[int, list[Any]] = {}
+_COMPILED = Overlapping()  # models, and what they had
 
 
 def _plain(model: PreTrainedModel, tokens: torch.Tensor, prefix: int, path: list[int]) -> torch.Tensor:

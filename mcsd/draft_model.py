@@ -24,6 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from .bundled import BUNDLED_DRAFTS
 from .drafters.feature import FeatureConfig, FeatureDrafter, FeatureModel
 from .drafters.model import ModelDrafter
+from .overlapping import Overlapping
 
 DATA = Path(__file__).parent / "data"
 WEIGHTS_FILE = "draft_int8.safetensors"
@@ -32,7 +33,7 @@ WEIGHTS_FILE = "draft_int8.safetensors"
 class SubVocabularyHead(nn.Module):
     """An output head with a row for some token ids only; every other id gets the logit -inf, so it is never drafted.
 
-    While `reduced` is above 0, the logits have a column for each of those ids and no others.
+    While `reduced` is set, the logits have a column for each of those ids and no others.
 
     Args:
         hidden_size: width of the hidden states.
@@ -46,12 +47,12 @@ class SubVocabularyHead(nn.Module):
     def __init__(self, hidden_size: int, rows: int, vocab_size: int) -> None:
         super().__init__()
         self.vocab_size = vocab_size
-        self.reduced = 0  # contexts that ask for it
+        self.reduced = False
         self.weight = nn.Parameter(torch.empty(rows, hidden_size))
         self.register_buffer("sub_vocab", torch.empty(rows, dtype=torch.int64))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits over the full vocabulary, or over `sub_vocab` while `reduced` is above 0.
+        """Logits over the full vocabulary, or over `sub_vocab` while `reduced` is set.
 
         Args:
             hidden: `[..., hidden_size]`.
@@ -65,6 +66,9 @@ class SubVocabularyHead(nn.Module):
             return known
         logits = known.new_full((*known.shape[:-1], self.vocab_size), float("-inf"))
         return logits.index_copy_(-1, self.sub_vocab, known)
+
+
+_REDUCED = Overlapping()  # heads
 
 
 class SubVocabularyDraft(LlamaForCausalLM):
@@ -92,11 +96,15 @@ class SubVocabularyDraft(LlamaForCausalLM):
     @contextmanager
     def reduced(self) -> Iterator[None]:
         """Inside this context the logits have one column for each id of `sub_vocab`."""
-        self.lm_head.reduced += 1
+        with _REDUCED.lock:
+            _REDUCED.enter(self.lm_head, False)
+            self.lm_head.reduced = True
         try:
             yield
         finally:
-            self.lm_head.reduced -= 1
+            with _REDUCED.lock:
+                last, _ = _REDUCED.leave(self.lm_head)
+                self.lm_head.reduced = not last
 
     @classmethod
     def from_folder(cls, folder: Path, embedding: torch.Tensor) -> SubVocabularyDraft:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 import mcsd
-from mcsd import Drafter, ModelDrafter, Proposal, State
+from mcsd import ModelDrafter
 from mcsd.cache import REREAD
 from mcsd.draft_model import SubVocabularyDraft
 from mcsd.drafters.early_exit import EarlyExitDrafter
@@ -53,22 +54,12 @@ def test_two_drafters_of_one_model_leave_it_as_it_was(llama: PreTrainedModel, dr
         assert attends(llama, draft) == before
 
 
-def test_drafters_end_in_the_reverse_order() -> None:
+def test_drafters_end_in_the_reverse_order(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[int] = []
-
-    class Noted(Drafter):
-        proposal = "point"
-
-        def __init__(self, number: int) -> None:
-            self.number = number
-
-        def propose(self, state: State) -> Proposal:
-            raise NotImplementedError
-
-        def end(self) -> None:
-            order.append(self.number)
-
-    MergedDrafter([Noted(0), Noted(1), Noted(2)]).end()
+    drafters = [mcsd.NgramDrafter() for _ in range(3)]
+    for number, drafter in enumerate(drafters):
+        monkeypatch.setattr(drafter, "end", partial(order.append, number))
+    MergedDrafter(drafters).end()
     assert order == [2, 1, 0]
 
 
