@@ -37,9 +37,21 @@ class TreeStep:
     ) -> None:
         self.ancestors, self.prefix_lengths, self.same = ancestors, prefix_lengths, same
         self.before = before or {}
+        self._elsewhere: dict[torch.device, TreeStep] = {}
         self.windows: list[int | None] = []  # of the layers that took the tree from here, in order
         self._masks: dict[int, torch.Tensor] = {}
         self._additive: dict[tuple[int, int], torch.Tensor] = {}
+
+    def on(self, device: torch.device) -> TreeStep:
+        """The same for layers on another device, copied there once."""
+        if device == self.prefix_lengths.device:
+            return self
+        if device not in self._elsewhere:
+            before = {window: lengths.to(device) for window, lengths in self.before.items()}
+            other = TreeStep(self.ancestors.to(device), self.prefix_lengths.to(device), before, self.same)
+            other.windows = self.windows
+            self._elsewhere[device] = other
+        return self._elsewhere[device]
 
     def packed(self) -> torch.Tensor:
         """`[batch, 1, rows, words + 1]` int32: the ancestors and, in the last column, the prefix length.
@@ -110,6 +122,7 @@ def tree_attention_forward(
                 "nobody else can run it, callbacks and logits processors included; at other times see mcsd.check(model)"
             )
         mcsd_tree = TreeStep(attention_mask[:, 0, :, :-1].contiguous(), attention_mask[:, 0, 0, -1].contiguous())
+    mcsd_tree = mcsd_tree.on(query.device)
     mcsd_tree.windows.append(sliding_window)
     if query.dtype != value.dtype:  # autocast: what turned them by their positions left them in float32
         query, key = query.to(value.dtype), key.to(value.dtype)

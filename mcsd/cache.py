@@ -49,7 +49,7 @@ class Prefix(NamedTuple):
 
 
 class _Store:
-    """Keys and values of the layers of one shape and one window, `[batch, layers, kv_heads, slots, head_dim]`.
+    """Keys and values of the layers alike in shape, window and device, `[batch, layers, kv_heads, slots, head_dim]`.
 
     A request's slot s lies at `s - skipped[request]`: what is behind the window for good is dropped from time to time.
     """
@@ -106,6 +106,7 @@ class _Store:
 
     def before(self, lengths: torch.Tensor) -> torch.Tensor:
         """`[batch]` int32: the slots of the prefix that are still there."""
+        lengths = lengths.to(self.keys.device)
         return lengths if self.skipped_on_device is None else lengths - self.skipped_on_device
 
     def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,15 +129,18 @@ class _Store:
             wanted = self._used(prefix, skipped) + nodes
         if wanted + wanted // 8 > room:  # a move for the sake of a few slots would soon be followed by another
             room = room_for(wanted, capacity)
+        layers = len(self.layers)  # by now all are known
         # where there is no memory for it, nothing has changed
-        keys, values = (old.new_zeros(*old.shape[:3], room, old.shape[4]) for old in (self.keys, self.values))
+        keys, values = (
+            old.new_zeros(old.shape[0], layers, old.shape[2], room, old.shape[4]) for old in (self.keys, self.values)
+        )
         for request, (now, then) in enumerate(zip(skipped, before, strict=True)):
             moved = slice(now - then, now - then + room)
             for old, new in ((self.keys[request], keys[request]), (self.values[request], values[request])):
-                part = old[:, :, moved]
+                part = old[:layers, :, moved]
                 new[:, :, : part.shape[2]] = part
         self.skipped = skipped
-        if self.room == room:
+        if self.keys.shape == keys.shape:
             self.keys.copy_(keys)
             self.values.copy_(values)
         else:
@@ -218,8 +222,8 @@ CACHES: WeakValueDictionary[int, TreeCache] = WeakValueDictionary()  # those tha
 class TreeCache(Cache):
     """Keys and values of a batch: each request's prefix in slots 0 to length - 1, the nodes of a tree after it.
 
-    All layers of one shape share one allocation, so that keeping a path moves them at once. It grows with the text;
-    layers with a sliding window keep little more than the window.
+    Layers of one shape share one allocation on each device, so that keeping a path moves them at once. It grows with
+    the text; layers with a sliding window keep little more than the window.
 
     Args:
         windows: each layer's sliding window, None for a layer that sees everything.
@@ -276,7 +280,7 @@ class TreeCache(Cache):
     def before(self, lengths: torch.Tensor) -> dict[int, torch.Tensor]:
         """window -> `[batch]` int32, the slots before the tree in the layers of that window, where they are fewer."""
         return {
-            store.window: store.before(lengths)
+            store.window: store.before(lengths).to(lengths.device)
             for store in self._stores.values()
             if store.window is not None and store.skipped_on_device is not None
         }
@@ -284,10 +288,11 @@ class TreeCache(Cache):
     def allocate(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[_Store, int]:
         """The store of layer `index`, zero at first, and the layer's row in it."""
         assert self._placed is not None
-        alike = (self.windows[index], key.shape[0], key.shape[1], key.shape[3], value.shape[3], key.dtype)
+        alike = (self.windows[index], key.shape[0], key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
         if alike not in self._stores:
             store = self._stores[alike] = _Store(self.windows[index])
-            layers = self.windows.count(store.window)  # a bound; layers of one window hardly ever differ in shape
+            # a bound, which holds until there is room to be made
+            layers = self.windows.count(store.window)
             store.allocate(key, value, layers, room_for(self.used, self.capacity))
             store.place(*self._placed, self.capacity, self.may_skip)
         store = self._stores[alike]
@@ -297,4 +302,5 @@ class TreeCache(Cache):
     def keep(self, prefix: Prefix, path: torch.Tensor, length: torch.Tensor) -> None:
         """In place: move the accepted nodes to the end of the prefix, in every layer; see `mcsd_kernels.keep_path`."""
         for store in self._stores.values():
-            keep_path(*store.rows(), store.before(prefix.lengths), path, length)
+            device = store.keys.device
+            keep_path(*store.rows(), store.before(prefix.lengths), path.to(device), length.to(device))

@@ -16,6 +16,7 @@ from mcsd_kernels._checks import whole
 
 from .attention import takes_tree_attention
 from .overlapping import Overlapping
+from .placement import input_vocab
 from .scoring import ATTENTION, Scorer, UnsupportedModelError, refusal
 
 
@@ -45,7 +46,7 @@ def check(model: PreTrainedModel, *, attention: str = "auto", prefix: int = 12, 
     """Score a random tree after a random prefix, and every path of it as plain text; compare the logits.
 
     Args:
-        model: a Hugging Face model.
+        model: a Hugging Face model; PEFT's around one is what its plain text is scored by.
         attention: "auto", "tree" or "dense", as in `mcsd.generate`.
         prefix: tokens before the tree.
         nodes: of the tree.
@@ -60,12 +61,12 @@ def check(model: PreTrainedModel, *, attention: str = "auto", prefix: int = 12, 
     if attention not in ATTENTION:
         raise ValueError(f"attention: expected one of {', '.join(map(repr, ATTENTION))}, got {attention!r}")
     prefix, nodes, seed = whole("prefix", prefix, 0), whole("nodes", nodes, 1), whole("seed", seed, -(2**63), 2**64 - 1)
-    model = unwrapped(model)
+    whole_model, model = getattr(model, "_orig_mod", model), unwrapped(model)
     reason = refusal(model, attention)
     if reason:
         return Check(False, reason=reason)
     random = torch.Generator().manual_seed(seed)
-    vocab = model.get_input_embeddings().weight.shape[0]
+    vocab = input_vocab(model)
     tokens = torch.randint(vocab, (1, prefix + nodes), generator=random)
     parents = torch.tensor([-1, *(int(torch.randint(i, (), generator=random)) for i in range(1, nodes))])
     ancestors = ancestor_bits(parents)
@@ -80,7 +81,7 @@ def check(model: PreTrainedModel, *, attention: str = "auto", prefix: int = 12, 
             with scorer.attending():
                 scorer.prefill(tokens[:, :prefix], [prefix])
                 tree = scorer.score(tokens[:, prefix:], ancestors.to(device), depth.to(device), [prefix])[0].float()
-            plain = torch.stack([_plain(model, tokens, prefix, path) for path in paths])
+            plain = torch.stack([_plain(whole_model, tokens, prefix, path) for path in paths])
         except Exception as error:  # whatever a model does with an input it was not written for is the verdict
             return Check(False, route, reason=f"{type(model).__name__} failed on a token tree: {error}")
     # rounding: a part in ten thousand in float32, a few units in the last place in shorter formats
@@ -89,40 +90,60 @@ def check(model: PreTrainedModel, *, attention: str = "auto", prefix: int = 12, 
     difference = float((tree - plain).abs().max())
     if not difference <= tolerance:
         reason = (
-            f"{type(model).__name__} scores a tree differently from plain text: "
-            f"logits differ by {difference:.3g}, {tolerance:.3g} is rounding"
+            f"{type(whole_model).__name__} scores a tree differently from plain text: "
+            f"logits differ by {difference:.3g}, {tolerance:.3g} is rounding{_hint(whole_model)}"
         )
         return Check(False, route, difference, tolerance, reason)
     return Check(True, route, difference, tolerance)
 
 
-_CHECKED: WeakSet[PreTrainedModel] = WeakSet()
+_CHECKED: WeakSet[torch.nn.Module] = WeakSet()
 
 
-def require(name: str, model: PreTrainedModel, attention: str) -> None:
-    """Refuse a model that cannot score trees; one that would go the dense way is tried out, once.
+def require(name: str, model: Any, attention: str) -> PreTrainedModel:
+    """Refuse a model that cannot score trees; one that would go the dense way, or is PEFT's, is tried out, once.
 
     Args:
         name: the argument it came in, for the error.
-        model: a Hugging Face model.
+        model: a Hugging Face model, or a wrapper around one, see `unwrapped`.
         attention: "auto", "tree" or "dense".
+
+    Returns:
+        the model itself.
 
     Raises:
         UnsupportedModelError: with the reason.
     """
-    reason = refusal(model, attention)
-    if not reason and (attention == "dense" or not takes_tree_attention(model)) and model not in _CHECKED:
-        reason = check(model, attention=attention).reason
+    wrapper, inner = getattr(model, "_orig_mod", model), unwrapped(model)
+    reason = refusal(inner, attention)
+    certain = wrapper is inner and attention != "dense" and not reason and takes_tree_attention(inner)
+    if not reason and not certain and wrapper not in _CHECKED:
+        reason = check(wrapper, attention=attention).reason
         if not reason:
-            _CHECKED.add(model)
+            _CHECKED.add(wrapper)
     if reason:
         raise UnsupportedModelError(f"{name}: {reason}")
+    found: PreTrainedModel = inner
+    return found
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside `torch.compile`'s wrapper; anything else as it is."""
-    inner = getattr(model, "_orig_mod", None)
+    """The model inside `torch.compile`'s wrapper, PEFT's, or both; anything else as it is.
+
+    PEFT's adapters lie inside the layers, and then the model inside is all there is, unless they put tokens before the
+    text, or look for some in it.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    adapter = getattr(inner, "active_peft_config", None)
+    outside = getattr(adapter, "is_prompt_learning", False) or getattr(adapter, "alora_invocation_tokens", None)
+    if not isinstance(inner, PreTrainedModel) and hasattr(inner, "get_base_model") and not outside:
+        inner = inner.get_base_model()
     return inner if isinstance(inner, PreTrainedModel) else model
+
+
+def _hint(wrapper: Any) -> str:
+    """What may help, for the end of a reason."""
+    return "" if isinstance(wrapper, PreTrainedModel) else "; call eval() and merge_and_unload() first"
 
 
 @contextmanager
@@ -132,7 +153,7 @@ def compiled(model: Any) -> Iterator[None]:
     So that the model itself can be used in its place; without a wrapper nothing happens.
     """
     inner = unwrapped(model)
-    if inner is model:
+    if not hasattr(model, "dynamo_ctx"):
         yield
         return
     with _COMPILED.lock:
@@ -157,4 +178,4 @@ def _plain(model: PreTrainedModel, tokens: torch.Tensor, prefix: int, path: list
     nodes = torch.tensor([prefix + node for node in path], device=tokens.device)
     text = torch.cat([tokens[:, :prefix], tokens[:, nodes]], 1)
     logits: torch.Tensor = model(input_ids=text, attention_mask=torch.ones_like(text), use_cache=False).logits[0, -1]
-    return logits.float()
+    return logits.to(tokens.device).float()

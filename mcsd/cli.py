@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from .placement import input_vocab
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -349,7 +350,7 @@ def _refusal(pair: Pair, prompt: Prompt) -> str | None:
         ids = pair.encode(prompt.text)
     except ValueError as error:
         return " ".join(str(error).split())
-    length, vocab = ids.shape[1], pair.target.get_input_embeddings().weight.shape[0]
+    length, vocab = ids.shape[1], input_vocab(pair.target)
     if (largest := int(ids.max())) >= vocab:
         return f"prompt: token {largest} is none of the model's {vocab}"
     positions = getattr(pair.target.config.get_text_config(decoder=True), "max_position_embeddings", None) or 0

@@ -23,6 +23,7 @@ from mcsd_kernels.verify import PROPOSALS, RULES
 from .checking import compiled, require, unwrapped
 from .drafters import Drafter, ModelDrafter, NgramDrafter, Proposal, State
 from .drafters.base import Adapter
+from .placement import input_device, input_vocab, output_shape
 from .profile import Profile
 from .scoring import ATTENTION, Scorer
 from .stats import Stats
@@ -79,8 +80,9 @@ def generate(
     once, with or without speculation, so token-for-token equality is not promised there.)
 
     Args:
-        target: a decoder-only Hugging Face model. `torch.compile(model)` and `model.compile()` are taken, too, but
-            compile its forward again as the text grows, up to torch's limit.
+        target: a decoder-only Hugging Face model, also quantised, on several devices, or inside PEFT's with adapters in
+            its layers. `torch.compile(model)` and `model.compile()` are taken, too, but compile its forward again as
+            the text grows, up to torch's limit.
         draft: a smaller model with the same vocabulary, a `Drafter`, or "ngram" (prompt lookup, no model). A model with
             the same tokenizer and an embedding of another size comes as `ModelDrafter(model, None, shared_vocab=...)`.
         input_ids: `[batch, length]` int64 prompts, padded on either side.
@@ -129,11 +131,10 @@ def generate(
     Source: Yang et al., arXiv 2401.06706.
     """
     check.choice("attention", attention, ATTENTION)
-    wrapper, target = target, unwrapped(target)
-    require("target", target, attention)
+    wrapper, target = target, require("target", target, attention)
     prompts = _prompts(target, input_ids, attention_mask)
     batch = len(prompts)
-    device = target.get_input_embeddings().weight.device
+    device = input_device(target)
     sampling = _sampling(temperature, top_k, top_p, min_p, batch, device)
     parents = None
     if profile is not None:
@@ -184,7 +185,7 @@ def generate(
         sampling=sampling,
         device=scorer.device,
         capacity=longest + max_new_tokens,
-        vocab=target.get_output_embeddings().weight.shape[0] if target.get_output_embeddings() else config.vocab_size,
+        vocab=shape[0] if (shape := output_shape(target)) else config.vocab_size,
         scorer=scorer,
     )
     output = _Output(input_ids, max_new_tokens, ends, streamer, (pad or eos or [0])[0])
@@ -363,7 +364,7 @@ def _prompts(target: PreTrainedModel, input_ids: torch.Tensor, attention_mask: t
         raise ValueError(f"input_ids: expected an int64 tensor [batch, length], got {got}")
     if input_ids.shape[0] == 0 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids: expected at least one prompt of at least one token, got {list(input_ids.shape)}")
-    vocab = target.get_input_embeddings().weight.shape[0]
+    vocab = input_vocab(target)
     if int(input_ids.min()) < 0 or int(input_ids.max()) >= vocab:
         raise ValueError(
             f"input_ids: expected ids in [0, {vocab}), got {int(input_ids.min())} to {int(input_ids.max())}"
@@ -403,7 +404,7 @@ def drafter_for(
     wanted = proposal or ("point" if greedy else "without_replacement")
     vocab = target.config.get_text_config(decoder=True).vocab_size
     if isinstance(unwrapped(draft), PreTrainedModel):
-        require("draft", unwrapped(draft), attention)
+        require("draft", draft, attention)
         drafter = ModelDrafter(draft, branching, wanted, attention, parents=parents)
         drafter.check_vocab(vocab)
         return drafter

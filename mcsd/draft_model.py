@@ -25,6 +25,7 @@ from .bundled import BUNDLED_DRAFTS
 from .drafters.feature import FeatureConfig, FeatureDrafter, FeatureModel
 from .drafters.model import ModelDrafter
 from .overlapping import Overlapping
+from .placement import floating_weight, input_device
 
 DATA = Path(__file__).parent / "data"
 WEIGHTS_FILE = "draft_int8.safetensors"
@@ -220,12 +221,13 @@ def load_draft(
         told, around a model for which they are not; or a drafter that reads the target's hidden states.
 
     Raises:
-        ValueError: the draft does not fit the target's vocabulary, tokenizer or embedding.
+        ValueError: the draft does not fit the target's vocabulary, tokenizer or embedding, or shares an embedding that
+            is quantised or offloaded.
     """
     dtype = dtype or target.dtype
     folder = DATA / name_or_path if name_or_path in BUNDLED_DRAFTS else Path(name_or_path)
     if (folder / WEIGHTS_FILE).is_file():
-        embedding = target.get_input_embeddings().weight
+        embedding = floating_weight("target", target.get_input_embeddings(), "a draft that shares them")
         if hasattr(embedding, "full_tensor"):  # split over ranks by a tensor-parallel plan
             embedding = embedding.full_tensor()
         embedding = embedding.to(dtype)
@@ -233,7 +235,7 @@ def load_draft(
             return FeatureDrafter(load_feature_model(folder, embedding))
         return SubVocabularyDraft.from_folder(folder, embedding)
     draft = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
-    draft = draft.to(target.device).eval().requires_grad_(False)
+    draft = draft.to(input_device(target)).eval().requires_grad_(False)
     widths = [model.config.get_text_config().vocab_size for model in (draft, target)]
     if tokenizer is not None:
         _check_tokenizers(tokenizer, name_or_path)

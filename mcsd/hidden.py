@@ -9,6 +9,8 @@ from weakref import WeakSet
 import torch
 from transformers import PreTrainedModel
 
+from .placement import input_device
+
 _CHECKED: WeakSet[PreTrainedModel] = WeakSet()
 
 
@@ -48,7 +50,7 @@ def why_not(model: PreTrainedModel) -> str | None:
         return f"{name} has no decoder and output head that can be told apart"
     read: list[torch.Tensor] = []
     hook = head.register_forward_pre_hook(lambda module, arguments: read.append(arguments[0]))
-    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=input_device(model))
     try:
         with torch.inference_mode(), HiddenStates(model) as hidden:
             model(tokens, attention_mask=torch.ones_like(tokens), use_cache=False)

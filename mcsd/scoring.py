@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -22,8 +23,10 @@ from .attention import TreeStep, takes_tree_attention, tree_attention_in
 from .cache import Prefix, TreeCache
 from .graphs import LARGEST, PADDING, Graphs, Outputs, capturing, fingerprint, prefix_bucket, row_bucket
 from .hidden import HiddenStates, why_not
+from .placement import hidden_dtype, input_device, input_vocab, is_spread, output_shape
 from .trees import after_chain, chain_bits, chain_depths
 
+LOG = logging.getLogger(__name__)
 ATTENTION = ("auto", "tree", "dense")
 PREFILL_CHUNK = 512
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
@@ -46,6 +49,8 @@ class UnsupportedModelError(ValueError):
 def refusal(model: object, attention: str = "auto") -> str | None:
     """Why this model cannot score token trees, or None; nothing is run, as it is by `mcsd.check`."""
     if not isinstance(model, PreTrainedModel):
+        if hasattr(model, "get_base_model"):
+            return f"{type(model).__name__} has an adapter outside the layers; one inside them, such as LoRA, is taken"
         return f"expected a Hugging Face model, got {type(model).__name__}"
     config = model.config.get_text_config(decoder=True)
     if getattr(model.config, "is_encoder_decoder", False):
@@ -115,6 +120,12 @@ class Scorer:
         config = model.config.get_text_config(decoder=True)
         self.tree = attention != "dense" and takes_tree_attention(model)
         windows = [getattr(layer, "sliding_window", None) for layer in _layers(config)]
+        self.device, self.vocab = input_device(model), input_vocab(model)
+        beside = leader is not None and leader.device != self.device
+        if batch is not None and (beside or is_spread(model)):
+            where = "lies beside the target's device" if beside else "lies on several devices"
+            (report or LOG.warning)(f"forwards run eagerly: {type(model).__name__} {where}")
+            batch = None
         self.graphs: Graphs | None = None
         self.steps: Graphs | None = None  # of which this model is the target
         if batch is None:
@@ -132,8 +143,6 @@ class Scorer:
             for graphs in (self.graphs, self.steps):
                 graphs.begin(report)
         self._own_cache = self.cache
-        embedding = model.get_input_embeddings().weight
-        self.device, self.vocab = embedding.device, embedding.shape[0]
         self.positions: int = getattr(config, "max_position_embeddings", 0) or 0
         self._last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._states = HiddenStates(model) if reads_hidden else None
@@ -184,7 +193,7 @@ class Scorer:
         for at in range(0, longest, PREFILL_CHUNK):
             chunk = tokens[:, at : min(at + PREFILL_CHUNK, longest)]
             if join and at + PREFILL_CHUNK >= longest:
-                self._unread = chunk
+                self._unread = chunk.to(self.device)
                 return
             bits = chain_bits(chunk.shape[1], self.device)
             # a prompt that is over stays at its end: what is written there is overwritten later
@@ -208,7 +217,7 @@ class Scorer:
         """One forward over nodes of a tree.
 
         Args:
-            tokens: `[batch, rows]` int64; what is no token (a missing candidate) is read as any other.
+            tokens: `[batch, rows]` int64, on any device; what is no token (a missing candidate) is read as any other.
             ancestors: `[batch or 1, rows, words]` int32.
             depth: `[rows]` or `[batch, rows]` int64, in tokens below the root; None: a chain.
             prefix: each request's slots before its tree.
@@ -216,18 +225,22 @@ class Scorer:
             last_only: skip all but the last row's logits where the model can.
 
         Returns:
-            `[batch, rows, vocab]` logits in the model's dtype; with `last_only` the last row's, if not all.
+            `[batch, rows, vocab]` logits in the model's dtype, where the tokens are; with `last_only` the last row's,
+            if not all.
         """
         if not isinstance(prefix, Prefix):
             prefix = Prefix.of(prefix, self.device)
-        rows = tokens.shape[1]
+        rows, home = tokens.shape[1], tokens.device
         wanted = 1 if last_only else rows
         if depth is None:
             depth = chain_depths(rows, self.device)
+        if home != self.device:
+            tokens, ancestors, depth = tokens.to(self.device), ancestors.to(self.device), depth.to(self.device)
+            prefix = prefix._replace(lengths=prefix.lengths.to(self.device))
         if self._unread is not None:
             tokens, ancestors, depth, prefix = self._join(tokens, ancestors, depth, prefix)
         logits = self._forward(tokens, ancestors, depth, prefix, offset, wanted)
-        return logits if last_only or logits.shape[1] == rows else logits[:, -rows:]
+        return (logits if last_only or logits.shape[1] == rows else logits[:, -rows:]).to(home)
 
     def keep(self, prefix: Prefix, path: torch.Tensor, length: torch.Tensor) -> None:
         """Move the accepted nodes to the end of each request's prefix."""
@@ -332,7 +345,9 @@ class Scorer:
             **options,
         )
         self.cache.may_skip = step.windows == self.cache.windows
-        return Outputs(output.logits, None if self._states is None else self._states.last)
+        # the last layer may lie elsewhere
+        hidden = None if self._states is None or self._states.last is None else self._states.last.to(self.device)
+        return Outputs(output.logits.to(self.device), hidden)
 
     def _join(
         self, tokens: torch.Tensor, ancestors: torch.Tensor, depth: torch.Tensor, prefix: Prefix
@@ -347,8 +362,9 @@ class Scorer:
 
     def _no_hidden(self, batch: int) -> torch.Tensor:
         """`[batch, 0, hidden]`: prompts of one token leave nothing to read."""
-        head = self.model.get_output_embeddings().weight
-        return head.new_empty(batch, 0, head.shape[1])
+        shape = output_shape(self.model)
+        assert shape is not None, "hidden states are what a head reads"
+        return torch.empty(batch, 0, shape[1], dtype=hidden_dtype(self.model), device=self.device)
 
     def _additive(self, step: TreeStep) -> torch.Tensor:
         """A float mask, which eager attention and SDPA both take; eager adds a bool one as if it were 0 and 1."""

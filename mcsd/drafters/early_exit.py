@@ -104,6 +104,8 @@ def first_layers(target: PreTrainedModel, layers: int) -> PreTrainedModel:
     owners = [path for path, part in target.named_children() if part is decoder]
     if len(owners) != 1 or decoder.config is not target.config:
         raise UnsupportedModelError(f"target: early exit needs a decoder right under the head, {name} has it elsewhere")
+    if "forward" in vars(target) or "forward" in vars(decoder):
+        raise UnsupportedModelError(f"target: early exit needs {name}'s own forward, which something has replaced")
     total = target.config.num_hidden_layers
     stacks = [path for path, part in decoder.named_children() if isinstance(part, nn.ModuleList) and len(part) == total]
     if len(stacks) != 1:

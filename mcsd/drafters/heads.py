@@ -12,6 +12,7 @@ from mcsd_kernels import SamplingParams
 from mcsd_kernels import _checks as check
 from mcsd_kernels.verify import PROPOSALS
 
+from ..placement import output_shape
 from ..trees import StaticTree
 from .base import State
 from .levels import LevelDrafter
@@ -134,8 +135,7 @@ def check_fit(target: PreTrainedModel, hidden: int, vocab: int, what: str) -> No
     Raises:
         ValueError: the target's output head has another shape than `[vocab, hidden]`.
     """
-    head = target.get_output_embeddings()
-    found = None if head is None else tuple(head.weight.shape)
+    found = output_shape(target)
     if found != (vocab, hidden):
         raise ValueError(f"target: expected an output head of shape {(vocab, hidden)} for {what}, got {found}")
 

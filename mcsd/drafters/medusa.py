@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..placement import floating_weight, hidden_dtype, input_device
 from .heads import check_fit
 
 FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt", "model.safetensors")
@@ -63,9 +64,13 @@ class MedusaHeads(nn.ModuleList):
 
     @classmethod
     def of(cls, target: PreTrainedModel, heads: int, layers: int = 1) -> MedusaHeads:
-        """Untrained heads for a target: each a copy of its output head, in its dtype and on its device."""
-        weight = target.get_output_embeddings().weight
-        made = cls(weight.shape[1], weight.shape[0], heads, layers).to(weight.device, weight.dtype)
+        """Untrained heads for a target: each a copy of its output head, in its dtype and on its device.
+
+        Raises:
+            ValueError: the output head is quantised or offloaded.
+        """
+        weight = floating_weight("target", target.get_output_embeddings(), "heads that begin as copies of it")
+        made = cls(weight.shape[1], weight.shape[0], heads, layers).to(input_device(target), weight.dtype)
         with torch.no_grad():
             for name, parameter in made.named_parameters():
                 if name.endswith(f".{layers}.weight"):
@@ -108,9 +113,8 @@ class MedusaHeads(nn.ModuleList):
             odd = sorted(made.state_dict().keys() ^ weights.keys())
             raise ValueError(f"{path}: expected {len(last)} heads of {layers} blocks, missing or unknown: {odd[:5]}")
         made.load_state_dict(weights)
-        embedding = target.get_output_embeddings().weight
         del made[count:]
-        return made.to(embedding.device, embedding.dtype).eval().requires_grad_(False)
+        return made.to(input_device(target), hidden_dtype(target)).eval().requires_grad_(False)
 
     @property
     def count(self) -> int:

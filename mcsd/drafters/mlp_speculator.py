@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..placement import hidden_dtype, input_device
 from .heads import check_fit
 
 _PARTS = ("emb", "proj", "ln", "head")
@@ -118,8 +119,7 @@ class MLPSpeculator(nn.Module):
             config.get("scale_input", False),
         )
         made._load(_stored(Path(folder)), str(folder))
-        embedding = target.get_output_embeddings().weight
-        return made.to(embedding.device, embedding.dtype).eval().requires_grad_(False)
+        return made.to(input_device(target), hidden_dtype(target)).eval().requires_grad_(False)
 
     def _load(self, stored: dict[str, torch.Tensor], where: str) -> None:
         weights = {name.removeprefix("speculator."): tensor for name, tensor in stored.items()}

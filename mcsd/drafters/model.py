@@ -106,7 +106,7 @@ class ModelDrafter(LevelDrafter):
         self._contexts.enter_context(self._scorer.attending())
         self._contexts.enter_context(compiled(self._given))
         if isinstance(self.model, SubVocabulary):
-            self._knows(self.model.sub_vocab)
+            self._knows(self.model.sub_vocab.to(state.device))
             self._contexts.enter_context(self.model.reduced())
         elif self.shared_vocab is not None and self.shared_vocab < state.vocab:
             self._knows(torch.arange(self.shared_vocab, device=state.device))

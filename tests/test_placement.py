@@ -1,0 +1,308 @@
+"""Models as people load them: on another device, on several, offloaded, quantised, with adapters."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import elsewhere
+import pytest
+import torch
+from elsewhere import COUNTS, moved, opaque_kernels
+from tiny import pad, perturbed, prompt, tiny
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import mcsd
+from mcsd.draft_model import load_draft
+from mcsd.drafters import Drafter, EarlyExitDrafter, HeadsDrafter, MedusaHeads, TopKDrafter
+from mcsd.placement import input_device, input_vocab, is_spread, output_shape
+from mcsd.scoring import Scorer, UnsupportedModelError
+
+IDS, MASK = pad([prompt(9), prompt(14, 1)])
+KINDS = ("llama", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_oss", "qwen3_moe")
+FIRST, SECOND = (f"{elsewhere.NAME}:{index}" for index in range(2))
+
+
+def there(tensors: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """On the first device."""
+    return [tensor.to(FIRST) for tensor in tensors]
+
+
+def spread(model: PreTrainedModel, *devices: str) -> PreTrainedModel:
+    """In place: the first half of the layers on the first device, the others and the head on the second.
+
+    As accelerate does it: whatever comes to a part is sent to its device first, but for the cache.
+    """
+
+    def sent(value: Any, device: str) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(sent(one, device) for one in value)
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    body = model.get_decoder()
+    layers = list(body.layers)
+    head = [model.get_output_embeddings(), body.norm]
+    before = [*layers[: len(layers) // 2], body.embed_tokens, body.rotary_emb]
+    for parts, device in ((before, devices[0]), ([*layers[len(layers) // 2 :], *head], devices[1])):
+        for part in parts:
+            moved(part, device)
+            part.register_forward_pre_hook(
+                lambda part, args, kwargs, device=device: (
+                    sent(args, device),
+                    {name: sent(value, device) for name, value in kwargs.items()},
+                ),
+                with_kwargs=True,
+            )
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule"),
+    [
+        ("llama", "traversal"),
+        *(
+            (kind, "recursive")
+            for kind in ("llama", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_oss", "qwen3_moe")
+        ),
+    ],
+)
+def test_generation_on_another_device(kind: str, rule: str) -> None:
+    def generate(target: PreTrainedModel, draft: PreTrainedModel, inputs: Any, new: int) -> mcsd.Generation:
+        return mcsd.generate(target, draft, *inputs, branching=(3, 2), max_new_tokens=new, rule=rule)
+
+    target = tiny(kind)
+    target.set_experts_implementation("eager")  # the one that runs here
+    draft = perturbed(target)
+    wanted = generate(target, draft, (IDS, MASK), 40)
+    moved(target, FIRST), moved(draft, FIRST)
+    inputs = there((IDS, MASK))
+    crossed = []
+    with opaque_kernels():
+        for new in (8, 40):
+            COUNTS.clear()
+            found = generate(target, draft, inputs, new)
+            crossed.append((COUNTS["to host"] - found.stats.target_calls, COUNTS["waits"]))
+    assert found.stats.target_calls > 8 and torch.equal(found.sequences.cpu(), wanted.sequences)
+    own = hasattr(target.config, "num_experts_per_tok")  # transformers' experts wait for themselves
+    assert crossed[0][: 2 - own] == crossed[1][: 2 - own]  # one copy to the host a step, and nothing else that waits
+    # torch's backend reads numbers of each row, and says the same
+    assert torch.equal(generate(target, draft, inputs, 40).sequences.cpu(), wanted.sequences)
+
+
+@pytest.mark.parametrize(
+    ("kind", "places"),
+    [
+        ("llama", (0, 1, 0)),
+        ("llama", (0, 1, 1)),
+        ("llama", (0, 0, 1)),
+        ("llama", (1, 0, 1)),
+        ("mistral", (0, 1, 1)),
+        ("gemma3_text", (0, 1, 0)),
+    ],
+)
+def test_models_on_two_devices(kind: str, places: tuple[int, int, int]) -> None:
+    options: dict[str, Any] = {"branching": (3, 2), "max_new_tokens": 30, "seed": 5}
+    texts = pad([prompt(250), prompt(230, 1)])  # caches grow, and windows move
+    sizes: dict[str, Any] = {"num_hidden_layers": 4, "max_position_embeddings": 512}
+    if kind == "gemma3_text":
+        sizes["layer_types"] = ["sliding_attention", "full_attention"] * 2
+    wanted = mcsd.generate(tiny(kind, **sizes), perturbed(tiny(kind, **sizes)), *texts, **options)
+    first, second, beside = (f"{elsewhere.NAME}:{place}" for place in places)
+    target, draft = spread(tiny(kind, **sizes), first, second), moved(perturbed(tiny(kind, **sizes)), beside)
+    assert is_spread(target) is (first != second) and input_device(target) == torch.device(first)
+    inputs = there(texts)
+    with opaque_kernels():
+        found = mcsd.generate(target, draft, *inputs, **options)
+    assert torch.equal(found.sequences.cpu(), wanted.sequences)
+    assert found.stats.accepted_by_depth == wanted.stats.accepted_by_depth
+
+
+def medusa(target: PreTrainedModel) -> HeadsDrafter:
+    """Heads that copy the target's."""
+    return HeadsDrafter(MedusaHeads.of(target, 2), (3, 2))
+
+
+@pytest.mark.parametrize(
+    "make", [medusa, lambda target: TopKDrafter(moved(perturbed(tiny()), SECOND), depth=2, beam=2, budget=4)]
+)
+def test_drafters_of_a_target_on_two_devices(make: Callable[[PreTrainedModel], Drafter]) -> None:
+    target = spread(tiny(num_hidden_layers=4), FIRST, SECOND)
+    plain = tiny(num_hidden_layers=4)
+    own = make(plain) if make is medusa else TopKDrafter(perturbed(tiny()), depth=2, beam=2, budget=4)
+    wanted = mcsd.generate(plain, own, IDS, MASK, max_new_tokens=30)
+    with opaque_kernels():
+        found = mcsd.generate(target, make(target), *there((IDS, MASK)), max_new_tokens=30)
+    assert torch.equal(found.sequences.cpu(), wanted.sequences)
+
+
+def test_each_device_has_memory_for_its_own_layers() -> None:
+    scorer = Scorer(spread(tiny(num_hidden_layers=6), FIRST, SECOND), 2000)
+    with opaque_kernels(), torch.inference_mode(), scorer.attending():
+        scorer.prefill(torch.tensor([prompt(1200)], device=FIRST), [1200])
+    stores = list(scorer.cache._stores.values())
+    assert [str(store.keys.device) for store in stores] == [FIRST, SECOND]
+    assert [store.keys.shape[1] for store in stores] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("places", "reason"),
+    [((0, 1, 0), "LlamaForCausalLM lies on several devices"), ((0, 0, 1), "lies beside the target's device")],
+)
+def test_what_is_on_several_devices_is_not_captured(
+    places: tuple[int, int, int], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second, beside = (f"{elsewhere.NAME}:{place}" for place in places)
+    target, draft = spread(tiny(), first, second), moved(perturbed(tiny()), beside)
+    with opaque_kernels(), caplog.at_level(logging.INFO):
+        mcsd.generate(target, draft, *there((IDS, MASK)), max_new_tokens=6, graphs=True)
+    assert any("forwards run eagerly" in line and reason in line for line in caplog.messages)
+
+
+def test_an_early_exit_needs_the_models_own_forward(tmp_path: Path) -> None:
+    target = offloaded(tmp_path, {"model.layers.1": "disk"})
+    with pytest.raises(UnsupportedModelError, match=r"early exit.*forward"):
+        EarlyExitDrafter(target, 1)
+
+
+def offloaded(folder: Path, places: dict[str, str]) -> PreTrainedModel:
+    """A small Llama of which some parts are on the disk until they are needed."""
+    pytest.importorskip("accelerate", reason="transformers offloads by it")
+    tiny(num_hidden_layers=3, tie_word_embeddings=False).save_pretrained(folder)
+    parts = (
+        "model.embed_tokens",
+        *(f"model.layers.{i}" for i in range(3)),
+        "model.norm",
+        "model.rotary_emb",
+        "lm_head",
+    )
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, device_map={part: "cpu" for part in parts} | places, offload_folder=folder / "offloaded"
+    ).eval()
+    for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(model.generation_config, token, None)
+    return model
+
+
+@pytest.mark.parametrize(
+    "places",
+    [{"model.layers.1": "disk"}, {"model.embed_tokens": "disk", "lm_head": "disk"}],
+    ids=["layers", "embedding"],
+)
+@pytest.mark.parametrize("attention", ["tree", "dense"])
+def test_an_offloaded_model(tmp_path: Path, places: dict[str, str], attention: str) -> None:
+    plain = tiny(num_hidden_layers=3, tie_word_embeddings=False)
+    model = offloaded(tmp_path, places)
+    assert input_device(model).type == "cpu" and is_spread(model)
+    options: dict[str, Any] = {"max_new_tokens": 20, "attention": attention}
+    wanted = mcsd.generate(plain, perturbed(plain), IDS, MASK, **options).sequences
+    assert torch.equal(mcsd.generate(model, perturbed(plain), IDS, MASK, **options).sequences, wanted)
+    wanted = mcsd.generate(plain, plain, IDS, MASK, **options).sequences
+    assert torch.equal(mcsd.generate(plain, model, IDS, MASK, **options).sequences, wanted)
+    assert mcsd.check(model, attention=attention)
+
+
+def test_an_offloaded_embedding_cannot_be_shared(tmp_path: Path) -> None:
+    target = offloaded(tmp_path, {"model.embed_tokens": "disk", "lm_head": "disk"})
+    with pytest.raises(ValueError, match=r"target: expected a Embedding .* got torch.float32 on meta"):
+        load_draft("smollm2-draft", target)
+    with pytest.raises(ValueError, match=r"target: expected a Linear .* got torch.float32 on meta"):
+        MedusaHeads.of(target, 1)
+
+
+class Packed(nn.Linear):
+    """A head whose weight is bytes in a column, as quantised ones keep it."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__(head.in_features, head.out_features, bias=False)
+        self.full = head.weight.detach()
+        self.weight = nn.Parameter(torch.zeros(self.full.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As if it were unpacked."""
+        return nn.functional.linear(hidden, self.full)
+
+
+def test_a_packed_head() -> None:
+    plain = tiny(tie_word_embeddings=False)
+    model = copy.deepcopy(plain)
+    model.set_output_embeddings(Packed(model.get_output_embeddings()))
+    assert output_shape(model) == output_shape(plain) and input_vocab(model) == input_vocab(plain)
+    for target, draft in ((model, perturbed(plain)), (plain, model)):
+        wanted = mcsd.generate(plain, plain if draft is model else draft, IDS, MASK, max_new_tokens=20)
+        found = mcsd.generate(target, draft, IDS, MASK, max_new_tokens=20)
+        assert torch.equal(found.sequences, wanted.sequences)
+    heads = HeadsDrafter(MedusaHeads.of(plain, 2), (3, 2))
+    wanted = mcsd.generate(plain, heads, IDS, MASK, max_new_tokens=20)
+    assert torch.equal(mcsd.generate(model, heads, IDS, MASK, max_new_tokens=20).sequences, wanted.sequences)
+    with pytest.raises(ValueError, match=r"target: expected a Packed with floating-point weights .* got torch.uint8"):
+        MedusaHeads.of(model, 2)
+
+
+def adapted(model: PreTrainedModel, **options: Any) -> Any:
+    """PEFT's model around this one, with random adapters in its layers."""
+    peft = pytest.importorskip("peft")
+    given = {"r": 4, "lora_alpha": 16, "init_lora_weights": False, "target_modules": ["q_proj", "v_proj"]}
+    return peft.get_peft_model(model, peft.LoraConfig(**{**given, **options})).eval()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"task_type": "CAUSAL_LM"},
+        {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["v_proj", "lm_head"]},
+    ],
+    ids=["lora", "causal-lm", "embedding", "head"],
+)
+def test_adapters_inside_the_layers(options: dict[str, Any]) -> None:
+    plain = tiny(tie_word_embeddings=False)
+    model = adapted(copy.deepcopy(plain), **options)
+    merged = copy.deepcopy(model).merge_and_unload().eval()
+    small = perturbed(plain)
+
+    def generate(target: Any, draft: Any = small, temperature: float = 0.0) -> mcsd.Generation:
+        return mcsd.generate(target, draft, IDS, MASK, temperature=temperature, max_new_tokens=20)
+
+    found, before = generate(model).sequences, generate(plain).sequences
+    assert torch.equal(found, generate(merged).sequences) and not torch.equal(found, before)
+    with model.disable_adapter():
+        assert torch.equal(generate(model).sequences, before)
+    assert mcsd.check(model)
+    as_draft = [generate(plain, draft, 1.0).stats.accepted_by_depth for draft in (model, merged)]
+    assert as_draft[0] == as_draft[1]
+
+
+def test_a_compiled_model_with_adapters() -> None:
+    torch.compiler.reset()
+    model = adapted(tiny())
+    wanted = mcsd.generate(model, "ngram", IDS, MASK, max_new_tokens=4).sequences
+    calls = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        calls.append(graph)
+        return graph.forward
+
+    found = mcsd.generate(torch.compile(model, backend=backend), "ngram", IDS, MASK, max_new_tokens=4).sequences
+    torch.compiler.reset()
+    assert calls and torch.equal(found, wanted)
+
+
+def test_adapters_that_are_not_the_whole_model() -> None:
+    peft = pytest.importorskip("peft")
+    learned = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    for model in (
+        peft.get_peft_model(tiny(), learned).eval(),
+        adapted(tiny(), task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6]),
+    ):
+        with pytest.raises(UnsupportedModelError, match="target: PeftModelForCausalLM has an adapter outside"):
+            mcsd.generate(model, "ngram", IDS, MASK)
+        assert "outside the layers" in mcsd.check(model).reason
+    # what the wrapper does beside the model inside it is found out by trying
+    noisy = adapted(tiny(), lora_dropout=0.5).train()
+    with pytest.raises(UnsupportedModelError, match=r"PeftModel scores a tree differently .* eval\(\)"):
+        mcsd.generate(noisy, "ngram", IDS, MASK)
