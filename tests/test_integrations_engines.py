@@ -5,17 +5,20 @@ Where an engine's own tests of this step are public, their inputs and the outcom
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import cases
+import elsewhere
 import numpy as np
 import pytest
 import torch
 from conftest import PValue
 from numpy.typing import NDArray
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from mcsd.integrations import _trees, eagle, flashinfer, sglang, vllm
 from mcsd_kernels import SamplingParams, draw_candidates, verify
@@ -776,3 +779,29 @@ def test_nothing_is_read_back(name: str) -> None:
         if name == "vllm":
             arguments["sampling_metadata"].temperature = mode.from_tensor(arguments["sampling_metadata"].temperature)
         function(**{n: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for n, x in arguments.items()})
+
+
+@pytest.mark.parametrize("name", list(calls()))
+def test_everything_stays_on_its_device(name: str) -> None:
+    _, function, arguments = calls()[name]
+
+    def there(value: Any) -> Any:
+        return value.to(f"{elsewhere.NAME}:0") if isinstance(value, torch.Tensor) else value
+
+    moved = {argument: there(value) for argument, value in arguments.items()}
+    if name == "vllm":
+        sampling = moved["sampling_metadata"] = copy.copy(arguments["sampling_metadata"])
+        sampling.temperature = there(sampling.temperature)
+    torch.manual_seed(3)
+    wanted = function(**arguments)
+    torch.manual_seed(3)
+    elsewhere.COUNTS.clear()
+    with elsewhere.opaque_kernels():
+        found = function(**moved)
+    assert not elsewhere.COUNTS["to host"] and not elsewhere.COUNTS["waits"]
+    # some write to what they are given
+    ours, theirs = ((*tree_leaves(result), *given.values()) for result, given in ((found, moved), (wanted, arguments)))
+    for mine, other in zip(ours, theirs, strict=True):
+        if isinstance(other, torch.Tensor):
+            assert mine.device.type == elsewhere.NAME
+            torch.testing.assert_close(mine.cpu(), other, rtol=0, atol=0, equal_nan=True)
