@@ -169,11 +169,7 @@ _EVERYTHING = torch.library.Library("_", "IMPL")
 _EVERYTHING.fallback(lambda operator, *args, **kwargs: _run(operator, args, kwargs), "PrivateUse1")
 _ATEN = torch.library.Library("aten", "IMPL")
 _ATEN.impl("_copy_from", _copy_from, "PrivateUse1")
-_ARANGE = torch.ops.aten.arange
-for _operator in (
-    torch.ops.aten.empty_strided.default,
-    _ARANGE.default,
-    _ARANGE.start,
-    _ARANGE.start_step,
-):
+_ARANGE, _EYE = torch.ops.aten.arange, torch.ops.aten.eye
+_MADE = (_ARANGE.default, _ARANGE.start, _ARANGE.start_step, _EYE.default, _EYE.m)
+for _operator in (torch.ops.aten.empty_strided.default, *_MADE):
     _ATEN.impl(_operator.name().removeprefix("aten::"), _factory(_operator), "PrivateUse1")

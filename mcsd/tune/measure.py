@@ -212,13 +212,16 @@ def measure_costs(
                     steps.append({name: s - before.get(name, 0.0) for name, s in stats.seconds.items()})  # noqa: B023
                 before = dict(stats.seconds)
 
+            def enough(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+                return torch.full((ids.shape[0],), count >= WARM_UP + repeats // 2, device=ids.device)  # noqa: B023
+
             with device_time(target.device):
                 _to_the_end(
                     target,
                     tree_drafter(draft, shape, proposal, attention),
                     context,
                     max_new_tokens=3 * (WARM_UP + repeats // 2),
-                    stopping_criteria=lambda ids, scores, **_: torch.tensor([count >= WARM_UP + repeats // 2]),  # noqa: B023
+                    stopping_criteria=enough,
                     callback=note,
                     attention=attention,
                     eos_token_id=[],
