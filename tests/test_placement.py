@@ -17,10 +17,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mcsd
+from mcsd import graphs
 from mcsd.draft_model import load_draft
-from mcsd.drafters import Drafter, EarlyExitDrafter, HeadsDrafter, MedusaHeads, TopKDrafter
+from mcsd.drafters import Drafter, EarlyExitDrafter, HeadsDrafter, MedusaHeads, Proposal, TopKDrafter
 from mcsd.placement import input_device, input_vocab, is_spread, output_shape
 from mcsd.scoring import Scorer, UnsupportedModelError
+from mcsd.tune import tune
 
 IDS, MASK = pad([prompt(9), prompt(14, 1)])
 KINDS = ("llama", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_oss", "qwen3_moe")
@@ -306,3 +308,48 @@ def test_adapters_that_are_not_the_whole_model() -> None:
     noisy = adapted(tiny(), lora_dropout=0.5).train()
     with pytest.raises(UnsupportedModelError, match=r"PeftModel scores a tree differently .* eval\(\)"):
         mcsd.generate(noisy, "ngram", IDS, MASK)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
+def test_what_is_captured_elsewhere_takes_nothing_from_the_host(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    crossed = []
+
+    def capture(function: Callable[[], Any], device: torch.device, pool: Any = None) -> tuple[Callable[[], None], Any]:
+        before = COUNTS.copy()
+        with graphs.Rehearsal(device):
+            outputs = function()
+        crossed.append(COUNTS - before)
+
+        def replay() -> None:
+            for old, new in zip(tensors_of(outputs), tensors_of(function()), strict=True):
+                old.copy_(new)
+
+        return replay, outputs
+
+    target = tiny(kind)
+    draft = perturbed(target)
+    wanted = mcsd.generate(target, draft, IDS, MASK, max_new_tokens=30).sequences
+    moved(target, FIRST), moved(draft, FIRST)
+    monkeypatch.setattr(graphs, "capture", capture)
+    lines: list[str] = []
+    monkeypatch.setattr(graphs.LOG, "info", lines.append)
+    with opaque_kernels():
+        found = mcsd.generate(target, draft, *there((IDS, MASK)), max_new_tokens=30, graphs=True)
+    assert torch.equal(found.sequences.cpu(), wanted)
+    assert any("captured a step" in line for line in lines) and "step" in found.stats.seconds
+    assert crossed and not any(crossed)
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """Those inside tuples and dataclasses."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    parts = value if isinstance(value, tuple) else vars(value).values() if isinstance(value, Proposal) else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]
+
+
+def test_a_tree_is_tuned_elsewhere() -> None:
+    target, draft = moved(tiny(), FIRST), moved(perturbed(tiny()), FIRST)
+    with opaque_kernels():
+        profile = tune(target, draft, there((IDS[:1], IDS[1:])), nodes=4, depth=2, width=2, tokens=8, hand_made=[(2,)])
+    assert profile.parents[0] == -1
