@@ -65,7 +65,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 def _parse(line: str, where: str, number: int) -> tuple[str | int, str]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: expected a JSON object: {error}") from None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise ValueError(f'{where}: expected an object with a text "prompt", got {line.strip()[:60]}')

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence, Set
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral
 from os import PathLike
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -83,8 +84,9 @@ def generate(
         target: a decoder-only Hugging Face model, also quantised, on several devices, or inside PEFT's with adapters in
             its layers. `torch.compile(model)` and `model.compile()` are taken, too, but compile its forward again as
             the text grows, up to torch's limit.
-        draft: a smaller model with the same vocabulary, a `Drafter`, or "ngram" (prompt lookup, no model). A model with
-            the same tokenizer and an embedding of another size comes as `ModelDrafter(model, None, shared_vocab=...)`.
+        draft: a smaller model with the same vocabulary, a `Drafter` (which serves one generation at a time), or "ngram"
+            (prompt lookup, no model). A model with the same tokenizer and an embedding of another size comes as
+            `ModelDrafter(model, None, shared_vocab=...)`.
         input_ids: `[batch, length]` int64 prompts, padded on either side.
         attention_mask: `[batch, length]`, 1 at tokens and 0 at padding. None: every column counts, unless the model has
             a padding token that is no end-of-sequence token and occurs.
@@ -194,6 +196,7 @@ def generate(
         stack.enter_context(torch.inference_mode())
         stack.enter_context(scorer.attending())
         stack.enter_context(compiled(wrapper))
+        stack.enter_context(_reserved(drafter))
         stack.callback(drafter.end)
         bar = stack.enter_context(_bar(max_new_tokens * batch)) if progress else None
         try:
@@ -220,6 +223,28 @@ def generate(
         except KeyboardInterrupt:
             stats.interrupted = True
     return Generation(output.sequences(), stats)
+
+
+@contextmanager
+def _reserved(drafter: Drafter) -> Iterator[None]:
+    """A drafter with a memory has one generation at a time; another one, nested or in a thread, is refused."""
+    remembers = type(drafter).begin is not Drafter.begin or "begin" in vars(drafter)
+    key = id(drafter.inner if isinstance(drafter, Adapter) else drafter)
+    if not remembers:
+        yield
+        return
+    with _LOCK:
+        if key in _RESERVED:
+            raise ValueError("draft: expected a drafter that no other generation is in the middle of; make another")
+        _RESERVED.add(key)
+    try:
+        yield
+    finally:
+        _RESERVED.remove(key)
+
+
+_LOCK = Lock()
+_RESERVED: set[int] = set()
 
 
 def _process(processors: LogitsProcessorList, output: _Output, logits: torch.Tensor, tree: Proposal) -> torch.Tensor:

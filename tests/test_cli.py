@@ -491,6 +491,7 @@ def test_an_interrupted_batch_loses_nothing(
     [
         pytest.param('{"prompt": "a"}\n{"prompt": 1}', 'line 2: expected an object with a text "prompt"', id="no-text"),
         pytest.param('{"prompt": "a"', "line 1: expected a JSON object", id="no-json"),
+        pytest.param("[" * 100_000, "line 1: expected a JSON object", id="too-deep"),
         pytest.param('{"id": [1], "prompt": "a"}', "line 1: expected a text or a whole number", id="id"),
         pytest.param('{"id": 2, "prompt": "a"}\n{"prompt": "b"}', "the id 2 stands in line 1", id="id-twice"),
         pytest.param("\n \n", "expected at least one prompt", id="empty"),

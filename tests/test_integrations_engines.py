@@ -805,3 +805,47 @@ def test_everything_stays_on_its_device(name: str) -> None:
         if isinstance(other, torch.Tensor):
             assert mine.device.type == elsewhere.NAME
             torch.testing.assert_close(mine.cpu(), other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "eagle",
+            {"tree_logits": torch.zeros(2, 6, 9)},
+            r"tree_logits: expected shape \[1, \d+, any\]",
+        ),
+        ("eagle", {"draft_tokens": torch.zeros(3, dtype=torch.int64)}, r"draft_tokens: expected shape \[1, any\]"),
+        ("eagle", {"retrieve_indices": torch.zeros(4, dtype=torch.int64)}, "retrieve_indices: expected shape"),
+        ("eagle", {"retrieve_indices": PATHS.int()}, "retrieve_indices: expected dtype int64"),
+        ("eagle", {"retrieve_indices": PATHS[:0]}, "retrieve_indices: expected at least one path and one node"),
+        ("eagle", {"uniforms": torch.zeros(1, 9)}, r"uniforms: expected shape \[\d+\], got \[1, 9\]"),
+        ("eagle-paths", {"logits": torch.zeros(2, 3)}, "logits: expected shape"),
+        ("eagle-paths", {"candidates": PATHS.float()}, "candidates: expected dtype int32 or int64"),
+        ("eagle-paths", {"candidates": PATHS[:, :0]}, "candidates: expected at least a root"),
+        ("vllm", {"num_draft_tokens": [2, 4], "max_spec_len": 4}, r"draft_token_ids: expected shape \[6\], got \[5\]"),
+        ("vllm", {"num_draft_tokens": [1, 4]}, r"num_draft_tokens: expected numbers in \[0, max_spec_len = 3\]"),
+        ("vllm", {"num_draft_tokens": [5]}, "num_draft_tokens: expected numbers"),
+        ("vllm", {"cu_num_draft_tokens": torch.tensor([2, 5, 5])}, r"cu_num_draft_tokens: expected shape \[2\]"),
+        ("vllm", {"bonus_token_ids": torch.tensor([1, 2])}, r"bonus_token_ids: expected shape \[2, 1\]"),
+        ("vllm", {"draft_probs": torch.zeros(5, 7)}, r"draft_probs: expected shape \[5, 4000\]"),
+        ("vllm-v2", {"draft_logits": torch.zeros(2, 4000)}, "draft_logits: expected shape"),
+        ("vllm-v2", {"pos": torch.zeros(1, dtype=torch.int64)}, "pos: expected shape"),
+        ("vllm-v2", {"cu_num_logits": torch.zeros(7, dtype=torch.int32)}, "cu_num_logits: expected shape"),
+        ("vllm-v2", {"num_speculative_steps": 0}, "num_speculative_steps: expected a whole number >= 1"),
+    ],
+)
+def test_wrong_shapes_are_named(name: str, changes: dict[str, Any], message: str) -> None:
+    _, function, arguments = calls()[name]
+    function(**arguments)
+    with pytest.raises(ValueError, match=message):
+        function(**arguments | changes)
+
+
+def test_eagle_places_that_are_no_node_end_a_path() -> None:
+    _, function, arguments = calls()["eagle"]
+    nodes, uniforms = TREE_TOKENS.shape[1], torch.rand(TREE_TOKENS.shape[1] + 2)
+    wanted = function(**arguments, uniforms=uniforms)
+    for outside in (nodes, 10**9, -7):
+        paths = torch.where(PATHS < 0, outside, PATHS)
+        assert function(**arguments | {"retrieve_indices": paths}, uniforms=uniforms) == wanted

@@ -16,6 +16,7 @@ import mcsd
 from mcsd import ModelDrafter
 from mcsd.cache import REREAD
 from mcsd.draft_model import SubVocabularyDraft
+from mcsd.drafters import Drafter, Proposal, State
 from mcsd.drafters.early_exit import EarlyExitDrafter
 from mcsd.drafters.merged import MergedDrafter
 from mcsd.drafters.reading import read_all
@@ -155,3 +156,31 @@ def test_what_is_read_again_stays_in_the_cache(new: Sequence[int]) -> None:
     assert logits.shape == (len(new), 1, 1)
     assert logits.flatten().tolist() == [float(text[-1]) for text in texts]
     assert scorer.cached == [len(text) for text in texts]
+
+
+class Nothing(Drafter):
+    """Proposes no token, and remembers nothing."""
+
+    def propose(self, state: State) -> Proposal:
+        return Proposal(state.tail[:, -1:], torch.full((1,), -1, dtype=torch.int32), 0)
+
+
+def test_a_drafter_has_one_generation_at_a_time(llama: PreTrainedModel, draft: PreTrainedModel) -> None:
+    drafter, nothing = ModelDrafter(draft, (2, 2)), Nothing()
+    refused = "draft: expected a drafter that no other generation is in the middle of"
+
+    def inside(stats: mcsd.Stats) -> None:
+        with pytest.raises(ValueError, match=refused):
+            mcsd.generate(llama, drafter, IDS, max_new_tokens=4)
+
+    def fails(stats: mcsd.Stats) -> None:
+        raise RuntimeError("stop")
+
+    wanted = mcsd.generate(llama, drafter, IDS, max_new_tokens=12).sequences
+    assert torch.equal(mcsd.generate(llama, drafter, IDS, max_new_tokens=12, callback=inside).sequences, wanted)
+    with pytest.raises(RuntimeError, match="stop"):
+        mcsd.generate(llama, drafter, IDS, max_new_tokens=12, callback=fails)
+    assert torch.equal(mcsd.generate(llama, drafter, IDS, max_new_tokens=12).sequences, wanted)
+    again = partial(mcsd.generate, llama, nothing, IDS, max_new_tokens=3)
+    found = again(callback=lambda _: [again().sequences])
+    assert torch.equal(found.sequences, again().sequences)

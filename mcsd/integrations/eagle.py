@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from mcsd_kernels import SamplingParams, verify
+from mcsd_kernels import _checks as check
 
 from ._trees import ordered, rows_of
 
@@ -54,7 +55,12 @@ def evaluate_posterior(
     Raises:
         ValueError: a wrong shape or dtype.
     """
+    check.tensor("candidates", candidates, (None, None), check.INTEGERS)
     paths, length = candidates.shape
+    if not candidates.numel():
+        raise ValueError(f"candidates: expected at least a root, got {list(candidates.shape)}")
+    check.tensor("logits", logits, (paths, length, None), check.FLOATS)
+    check.same_device("logits", logits, {"candidates": candidates})
     # path p goes through the node of the first path that has the same tokens so far
     same = (candidates[:, None] == candidates).cummin(2).values  # [paths, paths, length]
     first = same.int().argmax(1).T  # [length, paths]
@@ -107,9 +113,18 @@ def evaluate_tree(
     Raises:
         ValueError: a wrong shape or dtype.
     """
+    check.tensor("draft_tokens", draft_tokens, (1, None), check.INTEGERS)
     nodes = draft_tokens.shape[1]
-    above, below = retrieve_indices[:, :-1].reshape(-1), retrieve_indices[:, 1:].reshape(-1)
-    parents = retrieve_indices.new_full((nodes + 1,), -1)
+    check.tensor("tree_logits", tree_logits, (1, nodes, None), check.FLOATS)
+    check.tensor("retrieve_indices", retrieve_indices, (None, None), (torch.int64,))
+    if not nodes or not retrieve_indices.numel():
+        got = f"{list(retrieve_indices.shape)} for {nodes} nodes"
+        raise ValueError(f"retrieve_indices: expected at least one path and one node, got {got}")
+    given: dict[str, torch.Tensor | None] = {"draft_tokens": draft_tokens, "retrieve_indices": retrieve_indices}
+    check.same_device("tree_logits", tree_logits, given)
+    inside = torch.where(retrieve_indices < nodes, retrieve_indices, -1).clamp(min=-1)
+    above, below = inside[:, :-1].reshape(-1), inside[:, 1:].reshape(-1)
+    parents = inside.new_full((nodes + 1,), -1)
     parents.scatter_(0, torch.where(below > 0, below, nodes), above)  # a column more takes what is no node
     tree = ordered(parents[None, :nodes])
     coins = _uniforms(uniforms, nodes, tree_logits.device)
@@ -134,7 +149,10 @@ def evaluate_tree(
 
 
 def _uniforms(uniforms: torch.Tensor | None, nodes: int, device: torch.device) -> torch.Tensor:
-    return torch.rand(1, nodes + 2, device=device) if uniforms is None else uniforms[None]
+    if uniforms is None:
+        return torch.rand(1, nodes + 2, device=device)
+    check.tensor("uniforms", uniforms, (nodes + 2,), (torch.float32,))
+    return uniforms[None]
 
 
 def _token(tokens: torch.Tensor, length: torch.Tensor) -> torch.Tensor:

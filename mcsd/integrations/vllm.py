@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from mcsd_kernels import SamplingParams, Status, draw_uniforms, verify
+from mcsd_kernels import _checks as check
 
 from ._trees import rows_of
 
@@ -63,6 +64,8 @@ def rejection_sample(
     """
     if synthetic_mode:
         raise ValueError("synthetic_mode: expected False, got True; synthetic acceptance is not lossless")
+    _check_drafts(draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs, target_logits)
+    check.tensor("bonus_token_ids", bonus_token_ids, (len(num_draft_tokens), 1), check.INTEGERS)
     device = target_logits.device
     batch, last_row = len(num_draft_tokens), draft_token_ids.shape[0] - 1
     place = torch.arange(max_spec_len + 1, device=device)
@@ -97,6 +100,27 @@ def rejection_sample(
     whole = (verified.length[:, None] == counts) & ends & (verified.status[:, None] & ~Status.BAD_TOKEN == 0)
     bonus = (place == counts) & (whole | (counts == 0))
     return torch.where(bonus, bonus_token_ids.view(batch, 1), verified.tokens).int()
+
+
+def _check_drafts(
+    draft_token_ids: torch.Tensor,
+    num_draft_tokens: Sequence[int],
+    max_spec_len: int,
+    cu_num_draft_tokens: torch.Tensor,
+    draft_probs: torch.Tensor | None,
+    target_logits: torch.Tensor,
+) -> None:
+    """Raise unless the shapes are those of drafts of so many tokens."""
+    rows = sum(num_draft_tokens)
+    if min(num_draft_tokens, default=0) < 0 or max(num_draft_tokens, default=0) > max_spec_len:
+        raise ValueError(
+            f"num_draft_tokens: expected numbers in [0, max_spec_len = {max_spec_len}], got {list(num_draft_tokens)}"
+        )
+    check.tensor("draft_token_ids", draft_token_ids, (rows,), check.INTEGERS)
+    check.tensor("cu_num_draft_tokens", cu_num_draft_tokens, (len(num_draft_tokens),), check.INTEGERS)
+    check.tensor("target_logits", target_logits, (rows, None), check.FLOATS)
+    if draft_probs is not None:
+        check.tensor("draft_probs", draft_probs, (rows, target_logits.shape[1]), check.FLOATS)
 
 
 def _coins(
@@ -156,6 +180,15 @@ def rejection_sample_v2(
     """
     if synthetic_conditional_rates is not None:
         raise ValueError("synthetic_conditional_rates: expected None, got a tensor; such acceptance is not lossless")
+    check.whole("num_speculative_steps", num_speculative_steps, 1)
+    check.tensor("target_logits", target_logits, (None, None), check.FLOATS)
+    if draft_logits is not None:
+        check.tensor("draft_logits", draft_logits, (temperature.shape[0], None, None), check.FLOATS)
+    for name, numbers in (("draft_sampled", draft_sampled), ("pos", pos)):
+        check.tensor(name, numbers, (target_logits.shape[0],), check.INTEGERS)
+    check.tensor("idx_mapping", idx_mapping, (None,), check.INTEGERS)
+    check.tensor("cu_num_logits", cu_num_logits, (idx_mapping.shape[0] + 1,), check.INTEGERS)
+    check.tensor("seed", seed, (temperature.shape[0],), check.INTEGERS)
     state = idx_mapping.long()
     place = torch.arange(num_speculative_steps + 1, device=target_logits.device)
     start = cu_num_logits[:-1].long()[:, None]
