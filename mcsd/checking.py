@@ -85,7 +85,8 @@ def check(model: PreTrainedModel, *, attention: str = "auto", prefix: int = 12, 
         except Exception as error:  # whatever a model does with an input it was not written for is the verdict
             return Check(False, route, reason=f"{type(model).__name__} failed on a token tree: {error}")
     # rounding: a part in ten thousand in float32, a few units in the last place in shorter formats
-    relative = max(1e3 * torch.finfo(torch.float32).eps, 8 * torch.finfo(model.dtype).eps)
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
+    relative = max(1e3 * torch.finfo(torch.float32).eps, 8 * torch.finfo(dtype).eps)
     tolerance = relative * max(float(plain.abs().max()), 1.0)
     difference = float((tree - plain).abs().max())
     if not difference <= tolerance:

@@ -123,6 +123,8 @@ def test_autocast(family: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = mcsd.generate(model, "ngram", IDS, MASK, max_new_tokens=8, temperature=0.0).sequences
         assert torch.equal(found, greedy(model, IDS, MASK, 8))
+        verdict = mcsd.check(model)
+    assert verdict and verdict.tolerance > mcsd.check(model).tolerance
 
 
 def test_a_top_k_tree_of_another_vocabulary_is_refused(llama: PreTrainedModel) -> None:
