@@ -64,10 +64,18 @@ def rejection_sample(
     """
     if synthetic_mode:
         raise ValueError("synthetic_mode: expected False, got True; synthetic acceptance is not lossless")
-    _check_drafts(draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs, target_logits)
-    check.tensor("bonus_token_ids", bonus_token_ids, (len(num_draft_tokens), 1), check.INTEGERS)
-    device = target_logits.device
-    batch, last_row = len(num_draft_tokens), draft_token_ids.shape[0] - 1
+    device, batch, rows = target_logits.device, len(num_draft_tokens), sum(num_draft_tokens)
+    if min(num_draft_tokens, default=0) < 0 or max(num_draft_tokens, default=0) > max_spec_len:
+        raise ValueError(
+            f"num_draft_tokens: expected numbers in [0, max_spec_len = {max_spec_len}], got {list(num_draft_tokens)}"
+        )
+    check.tensor("draft_token_ids", draft_token_ids, (rows,), check.INTEGERS)
+    check.tensor("cu_num_draft_tokens", cu_num_draft_tokens, (batch,), check.INTEGERS)
+    check.tensor("target_logits", target_logits, (rows, None), check.FLOATS)
+    if draft_probs is not None:
+        check.tensor("draft_probs", draft_probs, (rows, target_logits.shape[1]), check.FLOATS)
+    check.tensor("bonus_token_ids", bonus_token_ids, (batch, 1), check.INTEGERS)
+    last_row = rows - 1
     place = torch.arange(max_spec_len + 1, device=device)
     if last_row < 0:  # nobody drafted anything
         return torch.where(place == 0, bonus_token_ids.view(batch, 1), -1).int()
@@ -100,27 +108,6 @@ def rejection_sample(
     whole = (verified.length[:, None] == counts) & ends & (verified.status[:, None] & ~Status.BAD_TOKEN == 0)
     bonus = (place == counts) & (whole | (counts == 0))
     return torch.where(bonus, bonus_token_ids.view(batch, 1), verified.tokens).int()
-
-
-def _check_drafts(
-    draft_token_ids: torch.Tensor,
-    num_draft_tokens: Sequence[int],
-    max_spec_len: int,
-    cu_num_draft_tokens: torch.Tensor,
-    draft_probs: torch.Tensor | None,
-    target_logits: torch.Tensor,
-) -> None:
-    """Raise unless the shapes are those of drafts of so many tokens."""
-    rows = sum(num_draft_tokens)
-    if min(num_draft_tokens, default=0) < 0 or max(num_draft_tokens, default=0) > max_spec_len:
-        raise ValueError(
-            f"num_draft_tokens: expected numbers in [0, max_spec_len = {max_spec_len}], got {list(num_draft_tokens)}"
-        )
-    check.tensor("draft_token_ids", draft_token_ids, (rows,), check.INTEGERS)
-    check.tensor("cu_num_draft_tokens", cu_num_draft_tokens, (len(num_draft_tokens),), check.INTEGERS)
-    check.tensor("target_logits", target_logits, (rows, None), check.FLOATS)
-    if draft_probs is not None:
-        check.tensor("draft_probs", draft_probs, (rows, target_logits.shape[1]), check.FLOATS)
 
 
 def _coins(
