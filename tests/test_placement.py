@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mcsd
 from mcsd import graphs
-from mcsd.draft_model import load_draft
-from mcsd.drafters import Drafter, EarlyExitDrafter, HeadsDrafter, MedusaHeads, Proposal, TopKDrafter
+from mcsd.draft_model import SubVocabularyDraft, load_draft
+from mcsd.drafters import EarlyExitDrafter, HeadsDrafter, MedusaHeads, Proposal, TopKDrafter
 from mcsd.placement import input_device, input_vocab, is_spread, output_shape
 from mcsd.scoring import Scorer, UnsupportedModelError
 from mcsd.tune import tune
@@ -123,22 +123,39 @@ def test_models_on_two_devices(kind: str, places: tuple[int, int, int]) -> None:
     assert found.stats.accepted_by_depth == wanted.stats.accepted_by_depth
 
 
-def medusa(target: PreTrainedModel) -> HeadsDrafter:
+def medusa(target: PreTrainedModel, device: str | None) -> Any:
     """Heads that copy the target's."""
     return HeadsDrafter(MedusaHeads.of(target, 2), (3, 2))
 
 
-@pytest.mark.parametrize(
-    "make", [medusa, lambda target: TopKDrafter(moved(perturbed(tiny()), SECOND), depth=2, beam=2, budget=4)]
-)
-def test_drafters_of_a_target_on_two_devices(make: Callable[[PreTrainedModel], Drafter]) -> None:
-    target = spread(tiny(num_hidden_layers=4), FIRST, SECOND)
-    plain = tiny(num_hidden_layers=4)
-    own = make(plain) if make is medusa else TopKDrafter(perturbed(tiny()), depth=2, beam=2, budget=4)
-    wanted = mcsd.generate(plain, own, IDS, MASK, max_new_tokens=30)
+def top_k(target: PreTrainedModel, device: str | None) -> Any:
+    """A tree of the most probable tokens."""
+    return TopKDrafter(draft_on(perturbed(tiny()), device), depth=2, beam=2, budget=4)
+
+
+def a_part_of_the_vocabulary(target: PreTrainedModel, device: str | None) -> Any:
+    """A draft that knows 60 tokens."""
+    draft = SubVocabularyDraft(copy.deepcopy(tiny().config), 60).eval()
+    torch.nn.init.normal_(draft.lm_head.weight, generator=torch.Generator().manual_seed(1))
+    draft.lm_head.sub_vocab.copy_(torch.arange(60) + 5)
+    return draft_on(draft, device)
+
+
+def draft_on(draft: PreTrainedModel, device: str | None) -> PreTrainedModel:
+    """The draft there."""
+    return draft if device is None else moved(draft, device)
+
+
+@pytest.mark.parametrize("make", [medusa, top_k, a_part_of_the_vocabulary])
+def test_drafters_of_a_target_on_two_devices(make: Callable[[PreTrainedModel, str | None], Any]) -> None:
+    plain, target = tiny(num_hidden_layers=4), spread(tiny(num_hidden_layers=4), FIRST, SECOND)
+    torch.manual_seed(0)
+    wanted = mcsd.generate(plain, make(plain, None), IDS, MASK, max_new_tokens=30)
+    torch.manual_seed(0)
     with opaque_kernels():
-        found = mcsd.generate(target, make(target), *there((IDS, MASK)), max_new_tokens=30)
+        found = mcsd.generate(target, make(target, SECOND), *there((IDS, MASK)), max_new_tokens=30)
     assert torch.equal(found.sequences.cpu(), wanted.sequences)
+    assert found.stats.accepted_by_depth == wanted.stats.accepted_by_depth
 
 
 def test_each_device_has_memory_for_its_own_layers() -> None:
@@ -294,6 +311,24 @@ def test_a_compiled_model_with_adapters() -> None:
     assert calls and torch.equal(found, wanted)
 
 
+class Louder(nn.Module):
+    """A wrapper that does more than the model inside it, as X-LoRA's does."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def get_base_model(self) -> PreTrainedModel:
+        """As PEFT's."""
+        return self.model
+
+    def forward(self, **options: Any) -> Any:
+        """Twice the logits."""
+        output = self.model(**options)
+        output.logits = 2 * output.logits
+        return output
+
+
 def test_adapters_that_are_not_the_whole_model() -> None:
     peft = pytest.importorskip("peft")
     learned = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
@@ -305,6 +340,8 @@ def test_adapters_that_are_not_the_whole_model() -> None:
             mcsd.generate(model, "ngram", IDS, MASK)
         assert "outside the layers" in mcsd.check(model).reason
     # what the wrapper does beside the model inside it is found out by trying
+    with pytest.raises(UnsupportedModelError, match="target: Louder scores a tree differently"):
+        mcsd.generate(Louder(tiny()), "ngram", IDS, MASK)
     noisy = adapted(tiny(), lora_dropout=0.5).train()
     with pytest.raises(UnsupportedModelError, match=r"PeftModel scores a tree differently .* eval\(\)"):
         mcsd.generate(noisy, "ngram", IDS, MASK)
