@@ -96,29 +96,27 @@ def test_generation_on_another_device(kind: str, rule: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "places"),
+    ("kind", "places", "lengths"),
     [
-        ("llama", (0, 1, 0)),
-        ("llama", (0, 1, 1)),
-        ("llama", (0, 0, 1)),
-        ("llama", (1, 0, 1)),
-        ("mistral", (0, 1, 1)),
-        ("gemma3_text", (0, 1, 0)),
+        ("llama", (0, 1, 0), (20, 9)),
+        ("llama", (0, 1, 1), (20, 20)),  # of one length: the end of the prompts waits for the first tree
+        ("llama", (1, 0, 1), (20, 9)),
+        ("mistral", (0, 1, 1), (1000, 990)),  # longer than a chunk: caches grow, and windows move
+        ("gemma3_text", (0, 1, 0), (1000, 990)),
     ],
 )
-def test_models_on_two_devices(kind: str, places: tuple[int, int, int]) -> None:
-    options: dict[str, Any] = {"branching": (3, 2), "max_new_tokens": 30, "seed": 5}
-    texts = pad([prompt(250), prompt(230, 1)])  # caches grow, and windows move
-    sizes: dict[str, Any] = {"num_hidden_layers": 4, "max_position_embeddings": 512}
+def test_models_on_two_devices(kind: str, places: tuple[int, int, int], lengths: tuple[int, int]) -> None:
+    options: dict[str, Any] = {"branching": (3, 2), "max_new_tokens": 20, "seed": 5}
+    texts = pad([prompt(lengths[0]), prompt(lengths[1], 1)])
+    sizes: dict[str, Any] = {"num_hidden_layers": 4, "max_position_embeddings": 1100}
     if kind == "gemma3_text":
         sizes["layer_types"] = ["sliding_attention", "full_attention"] * 2
     wanted = mcsd.generate(tiny(kind, **sizes), perturbed(tiny(kind, **sizes)), *texts, **options)
     first, second, beside = (f"{elsewhere.NAME}:{place}" for place in places)
     target, draft = spread(tiny(kind, **sizes), first, second), moved(perturbed(tiny(kind, **sizes)), beside)
-    assert is_spread(target) is (first != second) and input_device(target) == torch.device(first)
-    inputs = there(texts)
+    assert is_spread(target) and input_device(target) == torch.device(first)
     with opaque_kernels():
-        found = mcsd.generate(target, draft, *inputs, **options)
+        found = mcsd.generate(target, draft, *there(texts), **options)
     assert torch.equal(found.sequences.cpu(), wanted.sequences)
     assert found.stats.accepted_by_depth == wanted.stats.accepted_by_depth
 
