@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -91,6 +92,10 @@ class AdaptiveDrafter(Drafter):
         other = copy.copy(self)
         other.proposal, other.drafter = proposal, self.drafter.with_tree(self.parents, proposal)
         return other
+
+    def parts(self) -> list[Any]:
+        """This one and the drafter inside it."""
+        return [self, *self.drafter.parts()]
 
     def begin(self, state: State) -> None:
         """Every request starts with the profile's own acceptance."""

@@ -150,7 +150,7 @@ def tree_attention_forward(
             softcap=softcap,
             sinks=s_aux,
         )
-    return output.transpose(1, 2), None
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _padding_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:

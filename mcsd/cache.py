@@ -64,6 +64,7 @@ class _Store:
         self.used = 0
         self.slots: int | torch.Tensor = 0
         self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.complete = False  # whether all its layers are known
         self.version = 0  # counts what would leave captured graphs with pointers to nowhere
 
     def allocate(self, key: torch.Tensor, value: torch.Tensor, layers: int, room: int) -> None:
@@ -129,7 +130,7 @@ class _Store:
             wanted = self._used(prefix, skipped) + nodes
         if wanted + wanted // 8 > room:  # a move for the sake of a few slots would soon be followed by another
             room = room_for(wanted, capacity)
-        layers = len(self.layers)  # by now all are known
+        layers = len(self.layers) if self.complete else self.keys.shape[1]
         # where there is no memory for it, nothing has changed
         keys, values = (
             old.new_zeros(old.shape[0], layers, old.shape[2], room, old.shape[4]) for old in (self.keys, self.values)
@@ -256,7 +257,9 @@ class TreeCache(Cache):
         self.longest = prefix.longest
         self.used = min((self.longest if bound is None else bound) + offset + count, self.capacity)
         self._placed = prefix, offset, count
+        complete = sum(len(store.layers) for store in self._stores.values()) == len(self.windows)
         for store in self._stores.values():
+            store.complete = complete
             store.place(prefix, offset, count, self.capacity, self.may_skip, bound)
 
     def aim(self, lengths: torch.Tensor, offset: int, count: int) -> None:

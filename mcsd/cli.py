@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from .placement import input_vocab
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -350,10 +349,12 @@ def _refusal(pair: Pair, prompt: Prompt) -> str | None:
         ids = pair.encode(prompt.text)
     except ValueError as error:
         return " ".join(str(error).split())
+    from .placement import input_vocab, text_limit
+
     length, vocab = ids.shape[1], input_vocab(pair.target)
     if (largest := int(ids.max())) >= vocab:
         return f"prompt: token {largest} is none of the model's {vocab}"
-    positions = getattr(pair.target.config.get_text_config(decoder=True), "max_position_embeddings", None) or 0
+    positions = text_limit(pair.target.config.get_text_config(decoder=True))
     new = pair.settings.max_new_tokens
     if new < positions < length + new:
         return f"prompt: {length} tokens and {new} new ones do not fit the model's {positions} positions"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from mcsd_kernels.verify import PROPOSALS, RULES
 from .checking import compiled, require, unwrapped
 from .drafters import Drafter, ModelDrafter, NgramDrafter, Proposal, State
 from .drafters.base import Adapter
-from .placement import input_device, input_vocab, output_shape
+from .placement import input_device, input_vocab, output_shape, text_limit
 from .profile import Profile
 from .scoring import ATTENTION, Scorer
 from .stats import Stats
@@ -133,7 +134,9 @@ def generate(
     Source: Yang et al., arXiv 2401.06706.
     """
     check.choice("attention", attention, ATTENTION)
+    began = time.perf_counter()
     wrapper, target = target, require("target", target, attention)
+    tried_out = time.perf_counter() - began
     prompts = _prompts(target, input_ids, attention_mask)
     batch = len(prompts)
     device = input_device(target)
@@ -159,7 +162,7 @@ def generate(
         raise ValueError(f"streamer: expected a batch of 1, got {batch}; stream requests one by one")
     longest = max(map(len, prompts))
     config = target.config.get_text_config(decoder=True)
-    positions = getattr(config, "max_position_embeddings", 0) or 0
+    positions = text_limit(config)
     if positions and longest + max_new_tokens > positions:
         raise ValueError(
             f"max_new_tokens: expected a prompt of {longest} tokens and {max_new_tokens} new ones to fit the model's "
@@ -173,30 +176,31 @@ def generate(
     ends = _Ends(eos, _criteria(stopping_criteria, stop_strings, tokenizer))
     processors = _list_of("logits_processor", LogitsProcessorList, logits_processor)
 
-    room = longest + max_new_tokens + LARGEST_TREE
-    stats = Stats(status=[0] * batch)
-    with stats.phase("prefill"):
-        scorer = Scorer(
-            target, room, attention, drafter.reads_hidden, batch if graphs else None, _tell if progress else None
-        )
-    state = State(
-        sequences=[list(prompt) for prompt in prompts],
-        active=[True] * batch,
-        seeds=seeds,
-        step=0,
-        sampling=sampling,
-        device=scorer.device,
-        capacity=longest + max_new_tokens,
-        vocab=shape[0] if (shape := output_shape(target)) else config.vocab_size,
-        scorer=scorer,
-    )
-    output = _Output(input_ids, max_new_tokens, ends, streamer, (pad or eos or [0])[0])
-    process = partial(_process, processors, output) if processors else None
     with ExitStack() as stack:
+        stack.enter_context(_reserved(drafter))
+        room = longest + max_new_tokens + LARGEST_TREE
+        stats = Stats(status=[0] * batch)
+        with stats.phase("prefill"):
+            scorer = Scorer(
+                target, room, attention, drafter.reads_hidden, batch if graphs else None, _tell if progress else None
+            )
+        stats.seconds["prefill"] += tried_out  # once a model
+        state = State(
+            sequences=[list(prompt) for prompt in prompts],
+            active=[True] * batch,
+            seeds=seeds,
+            step=0,
+            sampling=sampling,
+            device=scorer.device,
+            capacity=longest + max_new_tokens,
+            vocab=shape[0] if (shape := output_shape(target)) else config.vocab_size,
+            scorer=scorer,
+        )
+        output = _Output(input_ids, max_new_tokens, ends, streamer, (pad or eos or [0])[0])
+        process = partial(_process, processors, output) if processors else None
         stack.enter_context(torch.inference_mode())
         stack.enter_context(scorer.attending())
         stack.enter_context(compiled(wrapper))
-        stack.enter_context(_reserved(drafter))
         stack.callback(drafter.end)
         bar = stack.enter_context(_bar(max_new_tokens * batch)) if progress else None
         try:
@@ -228,19 +232,15 @@ def generate(
 @contextmanager
 def _reserved(drafter: Drafter) -> Iterator[None]:
     """A drafter with a memory has one generation at a time; another one, nested or in a thread, is refused."""
-    remembers = type(drafter).begin is not Drafter.begin or "begin" in vars(drafter)
-    key = id(drafter.inner if isinstance(drafter, Adapter) else drafter)
-    if not remembers:
-        yield
-        return
+    mine = {id(part) for part in drafter.parts() if getattr(type(part), "begin", Drafter.begin) is not Drafter.begin}
     with _LOCK:
-        if key in _RESERVED:
+        if mine & _RESERVED:
             raise ValueError("draft: expected a drafter that no other generation is in the middle of; make another")
-        _RESERVED.add(key)
+        _RESERVED.update(mine)
     try:
         yield
     finally:
-        _RESERVED.remove(key)
+        _RESERVED.difference_update(mine)
 
 
 _LOCK = Lock()
@@ -428,8 +428,8 @@ def drafter_for(
         draft = NgramDrafter(continuations=branching[0])
     wanted = proposal or ("point" if greedy else "without_replacement")
     vocab = target.config.get_text_config(decoder=True).vocab_size
-    if isinstance(unwrapped(draft), PreTrainedModel):
-        require("draft", draft, attention)
+    if isinstance(unwrapped(draft), PreTrainedModel) or hasattr(draft, "get_base_model"):
+        require("draft", draft, attention, exact=False)
         drafter = ModelDrafter(draft, branching, wanted, attention, parents=parents)
         drafter.check_vocab(vocab)
         return drafter

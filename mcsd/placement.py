@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -28,19 +28,39 @@ def is_spread(model: PreTrainedModel) -> bool:
 
 def input_vocab(model: PreTrainedModel) -> int:
     """How many tokens the model can read."""
-    return _size(model.get_input_embeddings(), 0, "num_embeddings")
+    config = model.config.get_text_config(decoder=True)
+    return _size(model.get_input_embeddings(), 0, "num_embeddings") or config.vocab_size
 
 
 def output_shape(model: PreTrainedModel) -> tuple[int, int] | None:
     """The number of logits and the width of what they are made of; None: there is no output head to ask."""
-    head = model.get_output_embeddings()
-    return head and (_size(head, 0, "out_features"), _size(head, 1, "in_features"))
+    head, config = model.get_output_embeddings(), model.config.get_text_config(decoder=True)
+    if head is None:
+        return None
+    return _size(head, 0, "out_features") or config.vocab_size, _size(head, 1, "in_features") or config.hidden_size
+
+
+def text_limit(config: Any) -> int:
+    """How many positions a text may take; 0: no limit is known.
+
+    Past its original length a model with "longrope" reads the whole text with other frequencies, so that what it has
+    cached before, and in chunks, would be worth nothing.
+
+    Args:
+        config: the text model's.
+    """
+    limit: int = getattr(config, "max_position_embeddings", 0) or 0
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        original = kind.get("original_max_position_embeddings") if kind.get("rope_type") == "longrope" else None
+        limit = min(limit or original, original) if original else limit
+    return limit
 
 
 def hidden_dtype(model: PreTrainedModel) -> torch.dtype:
     """Of what the output head reads: the head's own, unless it is quantised."""
     weight = getattr(model.get_output_embeddings(), "weight", None)
-    return weight.dtype if weight is not None and weight.is_floating_point() else model.dtype
+    return weight.dtype if _is_plain(weight) else model.dtype
 
 
 def floating_weight(name: str, module: nn.Module | None, purpose: str) -> torch.Tensor:
@@ -55,7 +75,7 @@ def floating_weight(name: str, module: nn.Module | None, purpose: str) -> torch.
         ValueError: it is quantised, or offloaded.
     """
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.is_meta:
+    if not _is_plain(weight) or weight.is_meta:
         got = "none" if not isinstance(weight, torch.Tensor) else f"{weight.dtype} on {weight.device}"
         raise ValueError(
             f"{name}: expected a {type(module).__name__} with floating-point weights that are not offloaded, for "
@@ -64,8 +84,15 @@ def floating_weight(name: str, module: nn.Module | None, purpose: str) -> torch.
     return weight
 
 
-def _size(module: Any, axis: int, name: str) -> int:
-    """A size of a matrix: its own, or what the module says where it is packed."""
+def _is_plain(weight: Any) -> TypeGuard[torch.Tensor]:
+    """Whether these are numbers as they are: no bytes, and no float8, which go with scales."""
+    return isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.itemsize > 1
+
+
+def _size(module: Any, axis: int, name: str) -> int | None:
+    """A size of a matrix: its own, or what the module says where it is packed; None: nobody says it."""
     weight = getattr(module, "weight", None)
-    size: int = weight.shape[axis] if weight is not None and weight.is_floating_point() else getattr(module, name)
+    if weight is not None and weight.is_floating_point():
+        return int(weight.shape[axis])
+    size: int | None = getattr(module, name, None)
     return size

@@ -31,7 +31,7 @@ def plain_decoding(
     config = GenerationConfig(do_sample=sampled, max_new_tokens=count, pad_token_id=pad, **filters)
     target.generation_config = config
     try:
-        with torch.random.fork_rng(devices=[target.device] if target.device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
             if sampled:
                 torch.manual_seed(seed % 2**64)
             sequences: torch.Tensor = target.generate(

@@ -23,7 +23,7 @@ from .attention import TreeStep, takes_tree_attention, tree_attention_in
 from .cache import Prefix, TreeCache
 from .graphs import LARGEST, PADDING, Graphs, Outputs, capturing, fingerprint, prefix_bucket, row_bucket
 from .hidden import HiddenStates, why_not
-from .placement import hidden_dtype, input_device, input_vocab, is_spread, output_shape
+from .placement import hidden_dtype, input_device, input_vocab, is_spread, output_shape, text_limit
 from .trees import after_chain, chain_bits, chain_depths
 
 LOG = logging.getLogger(__name__)
@@ -52,6 +52,9 @@ def refusal(model: object, attention: str = "auto") -> str | None:
         if hasattr(model, "get_base_model"):
             return f"{type(model).__name__} has an adapter outside the layers; one inside them, such as LoRA, is taken"
         return f"expected a Hugging Face model, got {type(model).__name__}"
+    adapters = getattr(model, "peft_config", None) or {}
+    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters.values()):
+        return f"{type(model).__name__} has an adapter that begins to work at tokens in the text (aLoRA)"
     config = model.config.get_text_config(decoder=True)
     if getattr(model.config, "is_encoder_decoder", False):
         return f"{type(model).__name__} is an encoder-decoder; mcsd decodes decoder-only models"
@@ -143,7 +146,7 @@ class Scorer:
             for graphs in (self.graphs, self.steps):
                 graphs.begin(report)
         self._own_cache = self.cache
-        self.positions: int = getattr(config, "max_position_embeddings", 0) or 0
+        self.positions = text_limit(config)
         self._last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._states = HiddenStates(model) if reads_hidden else None
         self.hidden: torch.Tensor | None = None  # of the last prompt or tree

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 import mcsd
 from mcsd.cache import BLOCK, Prefix, TreeCache
+from mcsd.checking import require
 from mcsd.scoring import PREFILL_CHUNK, Scorer
 from mcsd.trees import StaticTree, chain_bits, columns, parents_of
 from tests.tiny import greedy, pad, perturbed, plain_logits, prompt, tiny
@@ -168,7 +169,8 @@ def test_windowed_layers_drop_what_is_behind_them(
     monkeypatch.setattr("mcsd.cache.BLOCK", 8)
     monkeypatch.setattr("mcsd.cache.REREAD", 1)
     monkeypatch.setattr("mcsd.scoring.PREFILL_CHUNK", 16)
-    model = tiny(name)
+    model = require("target", tiny(name), "auto")
+    caches.clear()
     ids, mask = pad([prompt(70, 1), prompt(4, 2), prompt(33, 3)])
     found = mcsd.generate(model, perturbed(model), ids, mask, max_new_tokens=30, temperature=0.0)
     assert torch.equal(found.sequences, greedy(model, ids, mask, 30))
@@ -185,7 +187,8 @@ def test_a_cache_that_is_used_again_begins_at_its_start(
     """What windows had left behind of one text is no part of the next one."""
     monkeypatch.setattr("mcsd.cache.BLOCK", 8)
     monkeypatch.setattr("mcsd.cache.REREAD", 1)
-    model = tiny("mistral")
+    model = require("target", tiny("mistral"), "auto")
+    caches.clear()
     ids, mask = pad([prompt(50, 1), prompt(33, 3)])
     mcsd.generate(model, "ngram", ids, mask, max_new_tokens=20, temperature=0.0)
     (cache,) = caches

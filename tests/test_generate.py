@@ -31,6 +31,7 @@ from transformers import (
 import mcsd
 from mcsd import Drafter, ModelDrafter, Proposal, State, Stats
 from mcsd.attention import NAME
+from mcsd.checking import require
 from mcsd_kernels import SamplingParams, Status
 from tests.cases import PROPOSALS, RULES
 from tests.conftest import PValue
@@ -974,7 +975,7 @@ def test_broken_logits_end_their_request_alone(
         "proposal": "without_replacement",
     }
     clean = mcsd.generate(tiny(), draft, ids, mask, **options)
-    model = tiny()
+    model = require("target", tiny(), "auto")
     calls = []
 
     def breaks(module: torch.nn.Module, args: Any, output: Any) -> None:

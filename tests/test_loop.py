@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 import mcsd
 from bench.__main__ import BENCHMARKS
 from mcsd import Drafter, ModelDrafter, Proposal, State
+from mcsd.checking import require
 from mcsd.scoring import Scorer, UnsupportedModelError
 from mcsd.step import coins_of, step
 from mcsd.trees import columns
@@ -148,7 +149,7 @@ def test_candidates_are_counted_by_origin(llama: PreTrainedModel) -> None:
 def test_leaves_need_not_be_scored(llama: PreTrainedModel) -> None:
     ids, mask = pad(PROMPTS)
     rows: list[int] = []
-    target = tiny()
+    target = require("target", tiny(), "auto")
     target.register_forward_hook(lambda module, arguments, output: rows.append(output.logits.shape[1]))
     found = mcsd.generate(target, Forked(llama, scored=3), ids, mask, max_new_tokens=NEW, temperature=0.0)
     assert torch.equal(found.sequences, greedy(llama, ids, mask, NEW))

@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    BertConfig,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PegasusConfig,
     PreTrainedModel,
     T5Config,
 )
@@ -19,7 +22,7 @@ from transformers import (
 import mcsd
 from mcsd.attention import TreeStep, tree_attention_in
 from mcsd.cache import Prefix, TreeCache
-from mcsd.scoring import Scorer
+from mcsd.scoring import Scorer, UnsupportedModelError
 from mcsd.trees import StaticTree, chain_bits, check_branching, columns, parents_of
 from mcsd_kernels import ancestor_bits
 from tests.cases import TREES
@@ -281,3 +284,44 @@ def test_a_chain_sees_what_came_before() -> None:
     bits = chain_bits(40)
     seen = [[bool(int(bits[0, i, j // 32]) >> (j % 32) & 1) for j in range(40)] for i in range(40)]
     assert seen == [[j <= i for j in range(40)] for i in range(40)]
+
+
+def longrope(original: int, name: str = "phi3") -> PreTrainedModel:
+    """A model that reads a text longer than `original` with other frequencies."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0, 5.0, 6.0, 7.0]}
+    rope["original_max_position_embeddings"] = original
+    return tiny(name, original_max_position_embeddings=original, max_position_embeddings=256, rope_parameters=rope)
+
+
+@pytest.mark.parametrize("name", ["phi3", "llama"])
+def test_a_text_may_not_outgrow_its_rotary_frequencies(name: str) -> None:
+    model, ids = longrope(64, name), torch.tensor([prompt(40)])
+    found = mcsd.generate(model, perturbed(model), ids, max_new_tokens=24, temperature=0.0, branching=(2, 2, 2))
+    assert torch.equal(found.sequences, greedy(model, ids, torch.ones_like(ids), 24))
+    with pytest.raises(ValueError, match="40 tokens and 25 new ones to fit the model's 64 positions"):
+        mcsd.generate(model, "ngram", ids, max_new_tokens=25)
+    # a draft only guesses
+    plain = tiny(name)
+    found = mcsd.generate(plain, model, ids, max_new_tokens=40, temperature=0.0)
+    assert torch.equal(found.sequences, greedy(plain, ids, torch.ones_like(ids), 40))
+
+
+@pytest.mark.parametrize("config", [PegasusConfig, BertConfig], ids=["own-positions", "no-decoder"])
+def test_a_model_that_reads_trees_otherwise_is_found_out(config: Any) -> None:
+    sizes = {"d_model": 32, "num_hidden_layers": 2, "vocab_size": VOCAB, "max_position_embeddings": 64}
+    sizes |= {"hidden_size": 32, "num_attention_heads": 4} if config is BertConfig else {"decoder_attention_heads": 4}
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "decoder_ffn_dim": 48, "intermediate_size": 48}
+    model = AutoModelForCausalLM.from_config(config(**sizes, **layers, dropout=0.0)).eval()
+    random = torch.Generator().manual_seed(0)
+    for path, parameter in model.named_parameters():
+        if parameter.dim() > 1:  # as in `tiny`
+            scale = 1.0 if "embed" in path else 2 * parameter.shape[-1] ** -0.5
+            torch.nn.init.normal_(parameter, 0.0, scale, generator=random)
+    for token in ("pad_token_id", "bos_token_id", "eos_token_id", "forced_eos_token_id"):
+        setattr(model.generation_config, token, None)
+    with pytest.raises(UnsupportedModelError, match="scores a tree differently from plain text"):
+        mcsd.generate(model, "ngram", torch.tensor([prompt(9)]))
+    assert not mcsd.check(model)
+    plain, ids = tiny(), torch.tensor([prompt(9)])
+    found = mcsd.generate(plain, model, ids, max_new_tokens=12, temperature=0.0)  # its guesses may be as they are
+    assert torch.equal(found.sequences, greedy(plain, ids, torch.ones_like(ids), 12))

@@ -338,10 +338,10 @@ def test_adapters_that_are_not_the_whole_model() -> None:
             mcsd.generate(model, "ngram", IDS, MASK)
         assert "outside the layers" in mcsd.check(model).reason
     # what the wrapper does beside the model inside it is found out by trying
-    with pytest.raises(UnsupportedModelError, match="target: Louder scores a tree differently"):
+    with pytest.raises(UnsupportedModelError, match="target: Louder says something else than the Llama"):
         mcsd.generate(Louder(tiny()), "ngram", IDS, MASK)
     noisy = adapted(tiny(), lora_dropout=0.5).train()
-    with pytest.raises(UnsupportedModelError, match=r"PeftModel scores a tree differently .* eval\(\)"):
+    with pytest.raises(UnsupportedModelError, match=r"PeftModel says something else than the Llama.* eval\(\)"):
         mcsd.generate(noisy, "ngram", IDS, MASK)
 
 

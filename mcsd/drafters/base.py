@@ -178,6 +178,10 @@ class Drafter(ABC):
     def end(self) -> None:  # noqa: B027 - optional hook
         """The generation is over, however it ended."""
 
+    def parts(self) -> list[Any]:
+        """This drafter and those that it is made of: none serves a second generation in the middle of one."""
+        return [self]
+
     def captures(self, state: State) -> Captures | None:
         """Whether the next step may be captured as a CUDA graph and replayed from then on, in other generations too.
 
@@ -216,6 +220,10 @@ class Adapter(Drafter):
         for name in ("begin", "keep", "end"):
             if hasattr(inner, name):
                 setattr(self, name, getattr(inner, name))
+
+    def parts(self) -> list[Any]:
+        """The object."""
+        return [self.inner]
 
     def propose(self, state: State) -> Proposal:
         """The object's own proposal."""

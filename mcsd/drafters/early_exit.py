@@ -58,7 +58,7 @@ class EarlyExitDrafter(ModelDrafter):
     ) -> None:
         model = first_layers(target, layers)
         super().__init__(model, branching, proposal, parents=parents, sampling=sampling, stopping=stopping)
-        self.target, self.layers = target, layers
+        self.target, self.layers = unwrapped(target), layers
         self._shared = False
 
     def begin(self, state: State) -> None:

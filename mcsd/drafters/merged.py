@@ -49,6 +49,10 @@ class MergedDrafter(Drafter):
         self.order = drawing + [index for index in range(len(self.drafters)) if index not in drawing]
         self._places: list[torch.Tensor] = []
 
+    def parts(self) -> list[Any]:
+        """This one and all that are merged."""
+        return [self, *(part for drafter in self.drafters for part in drafter.parts())]
+
     def begin(self, state: State) -> None:
         """All begin."""
         for drafter in self.drafters:

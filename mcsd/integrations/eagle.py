@@ -104,7 +104,7 @@ def evaluate_tree(
     Args:
         tree_logits: `[1, nodes, vocab]`: the target's logits after each node.
         draft_tokens: `[1, nodes]` int32 or int64; node 0 is the root.
-        retrieve_indices: `[paths, length]` int64: the node at each place of each path, -1 after its end.
+        retrieve_indices: `[paths, length]` int64, on any device: the node at each place of each path, -1 after its end.
         sampling: temperature and filters.
         uniforms: `[nodes + 2]` f32 in [0, 1), node i's number in column i; None: from torch's generator.
         rule: "recursive" or "traversal".
@@ -120,8 +120,8 @@ def evaluate_tree(
     if not nodes or not retrieve_indices.numel():
         got = f"{list(retrieve_indices.shape)} for {nodes} nodes"
         raise ValueError(f"retrieve_indices: expected at least one path and one node, got {got}")
-    given: dict[str, torch.Tensor | None] = {"draft_tokens": draft_tokens, "retrieve_indices": retrieve_indices}
-    check.same_device("tree_logits", tree_logits, given)
+    check.same_device("tree_logits", tree_logits, {"draft_tokens": draft_tokens})
+    retrieve_indices = retrieve_indices.to(tree_logits.device)  # some make it on the host
     inside = torch.where(retrieve_indices < nodes, retrieve_indices, -1).clamp(min=-1)
     above, below = inside[:, :-1].reshape(-1), inside[:, 1:].reshape(-1)
     parents = inside.new_full((nodes + 1,), -1)

@@ -97,6 +97,11 @@ class TreeDecoding:
             ValueError: an option that trees do not have, or one that `mcsd.generate` refuses.
         """
         _refuse(generation_config, model_kwargs)
+        owner = getattr(model.prepare_inputs_for_generation, "__self__", model)
+        if owner is not model:
+            raise ValueError(
+                f"custom_generate: {type(owner).__name__} changes what the model reads, which trees cannot"
+            )
         attention_mask = model_kwargs.get("attention_mask")
         if attention_mask is None:  # generate drops a mask of ones
             attention_mask = torch.ones_like(input_ids)

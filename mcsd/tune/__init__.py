@@ -15,6 +15,7 @@ from mcsd_kernels import _checks as check
 from mcsd_kernels.verify import PROPOSALS
 
 from ..drafters import Drafter
+from ..placement import input_device
 from ..profile import Ladder, Profile
 from ..trees import check_branching, parents_of
 from .measure import Contender, measure_costs, race, record_labels, tree_drafter
@@ -313,12 +314,13 @@ def _ladder(
 def _settings(
     target: PreTrainedModel, draft: Any, sampling: SamplingParams, prompts: int, tokens: int, seed: int
 ) -> dict[str, Any]:
+    device = input_device(target)
     return {
         "target": target.config.name_or_path or type(target).__name__,
         "draft": getattr(getattr(draft, "config", None), "name_or_path", "") or type(draft).__name__,
         "dtype": str(target.dtype).removeprefix("torch."),
-        "device": str(target.device),
-        "machine": torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else platform.machine(),
+        "device": str(device),
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "temperature": sampling.temperature,

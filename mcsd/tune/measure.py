@@ -18,6 +18,7 @@ from ..checking import unwrapped
 from ..decode import generate
 from ..diagnostics import draft_logits_of, laws, with_replacement_stages
 from ..drafters import Drafter, ModelDrafter, Proposal, State
+from ..placement import input_device
 from ..plain import plain_decoding
 from ..stats import Stats, device_time
 from ..trees import columns, parents_of
@@ -71,8 +72,8 @@ def record_labels(
         _to_the_end(
             target,
             recorder,
-            columns(some, target.device),
-            columns([[1] * len(ids) for ids in some], target.device),
+            columns(some, input_device(target)),
+            columns([[1] * len(ids) for ids in some], input_device(target)),
             max_new_tokens=tokens,
             seed=seed + first,
             observer=recorder.observe,
@@ -215,7 +216,7 @@ def measure_costs(
             def enough(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
                 return torch.full((ids.shape[0],), count >= WARM_UP + repeats // 2, device=ids.device)  # noqa: B023
 
-            with device_time(target.device):
+            with device_time(input_device(target)):
                 _to_the_end(
                     target,
                     tree_drafter(draft, shape, proposal, attention),
@@ -336,7 +337,7 @@ def race(
     """
 
     def run(contender: Contender, prompt: torch.Tensor, count: int, number: int) -> tuple[int, int, float]:
-        _wait(target.device)
+        _wait(input_device(target))
         start = time.perf_counter()
         if contender.parents is None:
             sequences = plain_decoding(target, prompt, count, numbers(sampling), number)
@@ -355,7 +356,7 @@ def race(
                 **numbers(sampling),
             )
             emitted, calls = stats.tokens, stats.target_calls
-        _wait(target.device)
+        _wait(input_device(target))
         return emitted, calls, time.perf_counter() - start
 
     for contender in contenders:
