@@ -12,7 +12,7 @@ import elsewhere
 import pytest
 import torch
 from elsewhere import COUNTS, moved, opaque_kernels
-from tiny import pad, perturbed, prompt, tiny
+from tiny import greedy, pad, perturbed, prompt, tiny
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -20,6 +20,7 @@ import mcsd
 from mcsd import graphs
 from mcsd.draft_model import SubVocabularyDraft, load_draft
 from mcsd.drafters import EarlyExitDrafter, HeadsDrafter, MedusaHeads, Proposal, TopKDrafter
+from mcsd.integrations.transformers import TreeDecoding
 from mcsd.placement import input_device, input_vocab, is_spread, output_shape
 from mcsd.scoring import Scorer, UnsupportedModelError
 from mcsd.tune import tune
@@ -387,4 +388,48 @@ def test_a_tree_is_tuned_elsewhere() -> None:
     target, draft = moved(tiny(), FIRST), moved(perturbed(tiny()), FIRST)
     with opaque_kernels():
         profile = tune(target, draft, there((IDS[:1], IDS[1:])), nodes=4, depth=2, width=2, tokens=8, hand_made=[(2,)])
+    assert profile.parents[0] == -1
+
+
+def test_peft_around_a_compiled_model() -> None:
+    peft = pytest.importorskip("peft")
+    inner = torch.compile(tiny(), backend="eager")
+    learned = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(UnsupportedModelError, match="target: PeftModelForCausalLM has an adapter outside"):
+        mcsd.generate(peft.get_peft_model(inner, learned).eval(), "ngram", IDS, MASK)
+
+
+def test_trees_do_not_take_what_peft_puts_before_a_text() -> None:
+    peft = pytest.importorskip("peft")
+    learned = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(tiny(), learned).eval()
+    with pytest.raises(ValueError, match="PeftModelForCausalLM changes what the model reads"):
+        model.generate(input_ids=IDS, attention_mask=MASK, max_new_tokens=4, custom_generate=TreeDecoding())
+    looks = adapted(tiny(), task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
+    with pytest.raises(UnsupportedModelError, match="tokens in the text"):
+        looks.generate(input_ids=IDS, attention_mask=MASK, max_new_tokens=4, custom_generate=TreeDecoding())
+    plain = adapted(tiny(), task_type="CAUSAL_LM")
+    wanted = plain.generate(input_ids=IDS[:1], attention_mask=MASK[:1], max_new_tokens=8, do_sample=False)
+    trees = TreeDecoding(draft=perturbed(tiny()))
+    options: Any = {"max_new_tokens": 8, "do_sample": False, "custom_generate": trees}
+    assert torch.equal(plain.generate(input_ids=IDS[:1], attention_mask=MASK[:1], **options), wanted)
+
+
+def test_early_exit_shares_the_cache_of_a_model_with_adapters() -> None:
+    model = adapted(tiny(num_hidden_layers=3))
+    drafter = EarlyExitDrafter(model, 1, (2, 2))
+    mcsd.generate(model, drafter, IDS, MASK, max_new_tokens=6)
+    assert drafter._shared
+
+
+def test_layers_that_have_not_run_keep_their_memory() -> None:
+    """A prompt of one token: the first to write are the layers that draft, and so much that room has to be made."""
+    target, ids = tiny(num_hidden_layers=3), torch.tensor([prompt(1)])
+    found = mcsd.generate(target, EarlyExitDrafter(target, 1, (16, 16, 2)), ids, max_new_tokens=8, temperature=0.0)
+    assert torch.equal(found.sequences, greedy(target, ids, torch.ones_like(ids), 8))
+
+
+def test_an_offloaded_target_is_tuned(tmp_path: Path) -> None:
+    target = offloaded(tmp_path, {"model.embed_tokens": "disk"})
+    profile = tune(target, perturbed(tiny()), [IDS[:1]], nodes=4, depth=2, width=2, tokens=8, hand_made=[(2,)])
     assert profile.parents[0] == -1

@@ -16,7 +16,7 @@ import mcsd
 from mcsd import ModelDrafter
 from mcsd.cache import REREAD
 from mcsd.draft_model import SubVocabularyDraft
-from mcsd.drafters import Drafter, Proposal, State
+from mcsd.drafters import Drafter, NgramDrafter, Proposal, State
 from mcsd.drafters.early_exit import EarlyExitDrafter
 from mcsd.drafters.merged import MergedDrafter
 from mcsd.drafters.reading import read_all
@@ -186,3 +186,20 @@ def test_a_drafter_has_one_generation_at_a_time(llama: PreTrainedModel, draft: P
     again = partial(mcsd.generate, llama, nothing, IDS, max_new_tokens=3)
     found = again(callback=lambda _: [again().sequences])
     assert torch.equal(found.sequences, again().sequences)
+
+
+def test_nor_have_the_drafters_inside_it(llama: PreTrainedModel, draft: PreTrainedModel) -> None:
+    inside, ngram = ModelDrafter(draft, (2, 2)), NgramDrafter()
+    refused = "draft: expected a drafter that no other generation is in the middle of"
+    pairs = [
+        (inside, MergedDrafter([inside, NgramDrafter()])),
+        (MergedDrafter([inside, ngram]), inside),
+        (MergedDrafter([inside, ngram]), MergedDrafter([ModelDrafter(draft, (2, 2)), ngram])),
+    ]
+    for outer, nested in pairs:
+
+        def generate(stats: mcsd.Stats, nested: Drafter = nested) -> None:
+            with pytest.raises(ValueError, match=refused):
+                mcsd.generate(llama, nested, IDS, max_new_tokens=4)
+
+        mcsd.generate(llama, outer, IDS, max_new_tokens=6, callback=generate)
