@@ -51,6 +51,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "olmo2": _COMMON,
     "mixtral": {**_COMMON, **_EXPERTS},
     "qwen3_moe": {**_COMMON, **_EXPERTS, "head_dim": 8},
+    "afmoe": {**_WINDOWED, **_EXPERTS, "num_dense_layers": 1, "global_attn_every_n_layers": 2, "num_shared_experts": 1},
     "gpt_oss": {**_WINDOWED, **_EXPERTS},
     "opt": {**_COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 1},
     "gpt_neox": _COMMON,
