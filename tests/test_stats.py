@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 import mcsd
 from mcsd import Drafter, Proposal, State, Stats
+from mcsd.checking import require
 from mcsd.stats import device_time
 from tests.tiny import greedy, pad, perturbed, prompt, tiny
 
@@ -70,7 +71,7 @@ def test_phases_wait_for_a_gpu_only_inside(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_run_counts_its_own_calls_and_tokens(llama: PreTrainedModel) -> None:
     ids, mask = pad(PROMPTS)
     calls: list[int] = []
-    target = tiny()
+    target = require("target", tiny(), "auto")
     target.register_forward_pre_hook(lambda module, args: calls.append(0))
     start = time.perf_counter()
     stats = mcsd.generate(target, perturbed(llama), ids, mask, max_new_tokens=NEW, seed=2).stats
