@@ -152,7 +152,7 @@ def require(name: str, model: Any, attention: str, *, exact: bool = True) -> Pre
 
 
 _SMALL = {"prefix": 4, "nodes": 4}
-_GROSS = 0.25
+_GROSS = 0.25  # of the largest logit in size
 
 
 def unwrapped(model: Any) -> Any:
