@@ -29,8 +29,8 @@ class Check:
         attention: the route taken, "tree" or "dense"; "" if none.
         error: largest difference between tree logits and plain logits.
         tolerance: what was allowed.
-        largest: plain logit in size.
         reason: why it is not ok; "" if it is.
+        largest: size of the largest plain logit; 0 if none was seen.
     """
 
     ok: bool
@@ -85,9 +85,11 @@ def check(model: PreTrainedModel, *, attention: str = "auto", prefix: int = 12, 
                 scorer.prefill(tokens[:, :prefix], [prefix])
                 tree = scorer.score(tokens[:, prefix:], ancestors.to(device), depth.to(device), [prefix])[0].float()
             plain, inner = torch.zeros_like(tree), set(parents.tolist())
-            for path in (path for path in paths if path[-1] not in inner):
-                plain[path] = alone = _plain(model, tokens, prefix, path)
-            outside = alone if wrapper is model else _plain(wrapper, tokens, prefix, path)
+            leaves = [path for path in paths if path[-1] not in inner]
+            for path in leaves:
+                plain[path] = _plain(model, tokens, prefix, path)
+            alone = plain[leaves[-1]]
+            outside = alone if wrapper is model else _plain(wrapper, tokens, prefix, leaves[-1])
         except Exception as error:  # whatever a model does with an input it was not written for is the verdict
             return Check(False, route, reason=f"{type(model).__name__} failed on a token tree: {error}")
     # the very same computation, unless the wrapper adds to it
