@@ -280,6 +280,11 @@ class TreeCache(Cache):
             for store in self._stores.values():
                 store.reset()
 
+    def sums(self) -> list[torch.Tensor]:
+        """Of each slot's keys and values, `[batch, layers, slots]` f32: equal where the same was written there."""
+        stores = self._stores.values()
+        return [part.sum((2, 4), dtype=torch.float32) for store in stores for part in (store.keys, store.values)]
+
     def before(self, lengths: torch.Tensor) -> dict[int, torch.Tensor]:
         """window -> `[batch]` int32, the slots before the tree in the layers of that window, where they are fewer."""
         return {

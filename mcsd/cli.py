@@ -162,8 +162,11 @@ def generate(
         ),
     ] = None,
     graphs: Annotated[
-        bool, typer.Option("--graphs/--no-graphs", help="Capture steps as CUDA graphs and replay them.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--graphs/--no-graphs", help="Capture steps as CUDA graphs and replay them.", show_default="on CUDA"
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Generate text: it streams, and a table at the end says what was accepted and how fast it was."""
@@ -618,7 +621,7 @@ def _bench_row(prompt: str | None, runs: list[Run]) -> dict[str, Any]:
     }
 
 
-def _load(settings: Settings, quiet: bool, tree: bool = True, graphs: bool = False) -> Pair:
+def _load(settings: Settings, quiet: bool, tree: bool = True, graphs: bool | None = None) -> Pair:
     """Load the models; says what runs unless `quiet`, and `tree` or not, see `header`."""
     from .screen import header, stderr, waiting
 

@@ -25,7 +25,8 @@ from mcsd_kernels.verify import PROPOSALS, RULES
 from .checking import compiled, require, unwrapped
 from .drafters import Drafter, ModelDrafter, NgramDrafter, Proposal, State
 from .drafters.base import Adapter
-from .placement import input_device, input_vocab, output_shape, text_limit
+from .graphs import ReplayError
+from .placement import input_device, input_vocab, is_spread, output_shape, text_limit
 from .profile import Profile
 from .scoring import ATTENTION, Scorer
 from .stats import Stats
@@ -70,7 +71,7 @@ def generate(
     logits_processor: Any = None,
     streamer: Any = None,
     attention: str = "auto",
-    graphs: bool = False,
+    graphs: bool | None = None,
     progress: bool = False,
     callback: Callable[[Stats], None] | None = None,
     observer: Callable[[State, Proposal, torch.Tensor, Verified], None] | None = None,
@@ -116,8 +117,9 @@ def generate(
         graphs: capture what a step does as CUDA graphs when its shapes first come, and replay them; graphs and caches
             then stay with the models. A step is one graph where the drafter allows it (`Drafter.captures`: a draft
             model does) and nothing needs the host (logits processors do), else each forward over a tree is one. A
-            number among the sampling parameters belongs to what is captured, a tensor does not. Where nothing can be
-            captured, all runs as always and a line says why.
+            number among the sampling parameters belongs to what is captured, a tensor does not. A graph's first two
+            replays are compared with the same step run as always. Where nothing can be captured, or a replay is wrong,
+            all runs as always and a line says why. None: on CUDA.
         progress: show a progress bar on stderr.
         callback: called with the running `Stats` after every step. Inside a generation nobody else can run its models,
             callbacks, observers and logits processors included; other generations can, nested and in other threads.
@@ -181,9 +183,8 @@ def generate(
         room = longest + max_new_tokens + LARGEST_TREE
         stats = Stats(status=[0] * batch)
         with stats.phase("prefill"):
-            scorer = Scorer(
-                target, room, attention, drafter.reads_hidden, batch if graphs else None, _tell if progress else None
-            )
+            captured = batch if _are_captured(graphs, target) else None
+            scorer = Scorer(target, room, attention, drafter.reads_hidden, captured, _tell if progress else None)
         stats.seconds["prefill"] += tried_out  # once a model
         state = State(
             sequences=[list(prompt) for prompt in prompts],
@@ -206,15 +207,18 @@ def generate(
         try:
             output.begin()
             with stats.phase("prefill"):
-                heads = [prompt[:-1] for prompt in prompts]
-                join = not (drafter.reads_hidden or drafter.reads_cache)
-                scorer.prefill(columns(heads, scorer.device), [len(head) for head in heads], join=join)
-                state.hidden = scorer.hidden
-                drafter.begin(state)
+                _read_in(drafter, scorer, state)
             while any(state.active):
-                found = None if process else captured_step(drafter, scorer, state, rule, phase=stats.phase)
-                if found is None:
-                    found = step(drafter, scorer, state, rule, process=process, phase=stats.phase)
+                try:
+                    found = None if process else captured_step(drafter, scorer, state, rule, phase=stats.phase)
+                    if found is None:
+                        found = step(drafter, scorer, state, rule, process=process, phase=stats.phase)
+                except ReplayError:  # nothing came of this step, and the caches are not to be relied on
+                    with stats.phase("prefill"):
+                        drafter.end()
+                        scorer.restart()
+                        _read_in(drafter, scorer, state)
+                    continue
                 with stats.phase("other"):
                     if observer is not None:
                         observer(state, found.tree, found.logits, found.verified)
@@ -227,6 +231,20 @@ def generate(
         except KeyboardInterrupt:
             stats.interrupted = True
     return Generation(output.sequences(), stats)
+
+
+def _are_captured(graphs: bool | None, target: PreTrainedModel) -> bool:
+    """Whether steps are: as asked, or where they can be."""
+    return input_device(target).type == "cuda" and not is_spread(target) if graphs is None else graphs
+
+
+def _read_in(drafter: Drafter, scorer: Scorer, state: State) -> None:
+    """Target and drafter read each text but for its last token, the root of the tree to come."""
+    heads = [sequence[:-1] for sequence in state.sequences]
+    join = not (drafter.reads_hidden or drafter.reads_cache)
+    scorer.prefill(columns(heads, scorer.device), [len(head) for head in heads], join=join)
+    state.hidden = scorer.hidden
+    drafter.begin(state)
 
 
 @contextmanager

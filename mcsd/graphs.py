@@ -23,6 +23,9 @@ PADDING = 16  # rows added at most
 _PREFIX_BUCKET = 512
 _MOST = 64  # graphs over one cache
 _PATIENCE = 8  # refusals
+_TRIALS = 2  # uses: the second has other inputs than those that were there at the capture
+_CLOSE = 2**-5  # of an entry's size; kernels that add in no fixed order stay far below
+_AT_ONCE = 1 << 24  # entries
 
 
 class Outputs(NamedTuple):
@@ -41,14 +44,27 @@ class Outputs(NamedTuple):
 Memory = tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True)
+class ReplayError(RuntimeError):
+    """A replay's results are not those of the function that was captured. What it wrote, and where, nobody knows."""
+
+
+@dataclass
 class Captured:
-    """One graph: where it points, what it reads, how it is run, and its results, which the next replay overwrites."""
+    """One graph.
+
+    Args:
+        memory: where it points.
+        inputs: what it reads.
+        replay: runs it.
+        outputs: its results, which the next replay overwrites.
+        trials: how many of its next uses are compared with the function.
+    """
 
     memory: Memory
     inputs: tuple[torch.Tensor, ...]
     replay: Callable[[], None]
     outputs: Any
+    trials: int = _TRIALS
 
     @property
     def is_lost(self) -> bool:
@@ -181,6 +197,7 @@ class Graphs:
         self.report: Callable[[str], None] | None = None
         self._captured: dict[Hashable, Captured] = {}
         self._refused: dict[Hashable, str] = {}
+        self._distrusted = False
         self._pool: Any = None
 
     def __len__(self) -> int:
@@ -195,8 +212,8 @@ class Graphs:
 
     @property
     def off(self) -> bool:
-        """Whether so much has been refused that nothing is tried any more."""
-        return len(self._refused) >= _PATIENCE
+        """Whether nothing is tried any more: a replay was wrong, or so much was refused."""
+        return self._distrusted or len(self._refused) >= _PATIENCE
 
     def run(
         self,
@@ -208,6 +225,8 @@ class Graphs:
     ) -> Any:
         """A function of these inputs, replayed, and captured when it first comes; inside another capture, it is run.
 
+        In a graph's first uses the function is run as well, and results and caches are compared.
+
         Args:
             key: what the graph depends on besides the inputs' shapes and dtypes.
             memory: the caches that it points into.
@@ -218,6 +237,9 @@ class Graphs:
 
         Returns:
             the function's result; a replay's lies where the one before it lay. None where it cannot be captured.
+
+        Raises:
+            ReplayError: they differ.
         """
         if capturing():
             return function(*inputs)
@@ -232,8 +254,26 @@ class Graphs:
         self._captured[known, memory] = found  # at the end, as the one that was in use last
         for held, tensor in zip(found.inputs, inputs, strict=True):
             held.copy_(tensor)
+        if not found.trials:
+            found.replay()
+            return found.outputs
+        found.trials -= 1
+        _under_way.yes = True  # it runs as it did when it was captured
+        try:
+            wanted = function(*found.inputs), _sums(memory)
+        finally:
+            _under_way.yes = False
         found.replay()
+        if not _alike((found.outputs, _sums(memory)), wanted):
+            self._distrusted = True
+            self._refuse(known, f"{self.otherwise}: a replay of {what} did not do what was captured")
+            raise ReplayError(self._refused[known])
         return found.outputs
+
+    def _refuse(self, known: Hashable, reason: str) -> None:
+        if reason not in self._refused.values():
+            (self.report or LOG.warning)(reason)
+        self._refused[known] = reason
 
     def _capture(
         self, known: Hashable, memory: Memory, function: Callable[..., Any], inputs: Sequence[torch.Tensor], what: str
@@ -254,10 +294,7 @@ class Graphs:
         except Exception as error:  # whatever a model does that cannot be captured is the reason
             # the end of a capture that failed complains, too
             cause = error.__context__ if "capture" in str(error) and error.__context__ else error
-            reason = f"{self.otherwise}: {type(cause).__name__}: {cause}"
-            if reason not in self._refused.values():
-                (self.report or LOG.warning)(reason)
-            self._refused[known] = reason
+            self._refuse(known, f"{self.otherwise}: {type(cause).__name__}: {cause}")
             if self._pool is not None:
                 self._pool = torch.cuda.graph_pool_handle()  # a failed capture may leave the other one in use
             return None
@@ -265,6 +302,32 @@ class Graphs:
             _under_way.yes = False
         (self.report or LOG.info)(f"captured {what}, in {time.perf_counter() - start:.2f} s")
         return Captured(memory, held, replay, outputs)
+
+
+def _sums(memory: Memory) -> list[torch.Tensor]:
+    """What has been written to the caches."""
+    return [one for serial, _ in memory if (cache := CACHES.get(serial)) is not None for one in cache.sums()]
+
+
+def _alike(found: Any, wanted: Any) -> bool:
+    """Whether two results hold the same tensors, but for rounding."""
+    leaves = zip(tree_leaves(found), tree_leaves(wanted), strict=True)
+    pairs = [pair for pair in leaves if isinstance(pair[0], torch.Tensor)]
+    numbers = [pair for pair in pairs if pair[0].is_floating_point()]
+    if not all(_close(*pair, _CLOSE) for pair in numbers):
+        return False
+    rounded = not all(_close(*pair, 0.0) for pair in numbers)  # which may have turned a choice
+    return rounded or all(torch.equal(*pair) for pair in pairs if not pair[0].is_floating_point())
+
+
+def _close(found: torch.Tensor, wanted: torch.Tensor, share: float) -> bool:
+    """Whether entries differ by no more than this share of themselves or of what is usual."""
+    for ours, theirs in zip(found.flatten().split(_AT_ONCE), wanted.flatten().split(_AT_ONCE), strict=True):
+        ours, theirs = ours.float(), theirs.float()
+        usual = float(theirs.abs().nan_to_num(posinf=0.0).median()) if len(theirs) else 0.0
+        if not torch.allclose(ours, theirs, rtol=share, atol=share * usual, equal_nan=True):
+            return False
+    return True
 
 
 def fingerprint(model: torch.nn.Module) -> int:

@@ -169,7 +169,7 @@ class Pair:
         ValueError: something does not exist or does not fit.
     """
 
-    def __init__(self, settings: Settings, graphs: bool = False) -> None:
+    def __init__(self, settings: Settings, graphs: bool | None = None) -> None:
         self.settings, self.graphs = settings, graphs
         self.device = resolve_device(settings.device)
         SamplingParams(**self.sampling())  # refuses what is out of range before anything is loaded

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ _OWN_MASKS = {
 
 # model -> kind of scorer -> what its last one left for the next
 _KEPT: WeakKeyDictionary[PreTrainedModel, dict[Any, tuple[TreeCache, Graphs, Graphs]]] = WeakKeyDictionary()
+_TOLD: WeakSet[PreTrainedModel] = WeakSet()  # why nothing is captured
 
 
 class UnsupportedModelError(ValueError):
@@ -127,7 +128,9 @@ class Scorer:
         beside = leader is not None and leader.device != self.device
         if batch is not None and (beside or is_spread(model)):
             where = "lies beside the target's device" if beside else "lies on several devices"
-            (report or LOG.warning)(f"forwards run eagerly: {type(model).__name__} {where}")
+            tell = report or (LOG.info if model in _TOLD else LOG.warning)
+            tell(f"forwards run eagerly: {type(model).__name__} {where}")
+            _TOLD.add(model)
             batch = None
         self.graphs: Graphs | None = None
         self.steps: Graphs | None = None  # of which this model is the target
@@ -172,6 +175,11 @@ class Scorer:
     def version(self) -> tuple[int, int]:
         """Which cache this is, and how often its memory has moved."""
         return self.cache.serial, self.cache.version
+
+    def restart(self) -> None:
+        """Forget what was read. The prompts that come next are other ones, or the same texts as far as they go now."""
+        self.cache.reset(self.cache.capacity)
+        self.begun, self._unread = False, None
 
     def reserve(self, prefix: Prefix, nodes: int) -> None:
         """Make room in the cache for a captured step's trees of so many nodes."""

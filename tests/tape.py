@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from mcsd.cache import CACHES
 from mcsd.graphs import Rehearsal
 
 
@@ -66,12 +67,19 @@ class _Recorder(Rehearsal):
             for old, new in zip(made, again, strict=True):
                 old.copy_(new)
 
-    def empty(self) -> None:
+    def empty(self, value: float = torch.nan) -> None:
         """A capture computes nothing, so that nothing may be read before the first replay."""
         for _, _, made in self.calls:
             for tensor in made:
                 if tensor.is_floating_point():
-                    tensor.fill_(torch.nan)
+                    tensor.fill_(value)
+
+
+def _spoil_caches() -> None:
+    for cache in CACHES.values():
+        for store in cache._stores.values():
+            store.keys.fill_(3.0)
+            store.values.fill_(3.0)
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:
@@ -83,10 +91,12 @@ class Tape:
 
     Attributes:
         captured, replayed: how often.
+        spoils: the number of a replay, from 1 on, and where it leaves other numbers: in "results" or "caches".
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.captured = self.replayed = 0
+        self.spoils: tuple[int, str] = (0, "")
         self._monkeypatch = monkeypatch
         monkeypatch.setattr("mcsd.graphs.capture", self)
 
@@ -106,6 +116,10 @@ class Tape:
         def replay() -> None:
             self.replayed += 1
             recorder.replay()
+            if (self.replayed, "results") == self.spoils:
+                recorder.empty(3.0)
+            if (self.replayed, "caches") == self.spoils:
+                _spoil_caches()
 
         return replay, outputs
 

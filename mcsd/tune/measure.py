@@ -225,6 +225,7 @@ def measure_costs(
                     stopping_criteria=enough,
                     callback=note,
                     attention=attention,
+                    graphs=False,  # whose steps have no phases
                     eos_token_id=[],
                     **numbers(sampling),
                 )
