@@ -91,8 +91,7 @@ def captured_step(
     """
     if scorer.steps is None or scorer.steps.off or not scorer.ready:
         return None
-    # hidden states go from step to step, and are no input of the graph
-    taken = None if drafter.reads_hidden else drafter.captures(state)
+    taken = drafter.captures(state)
     if taken is None:
         return None
     scorer.reserve(state.prefix, taken.nodes)
@@ -100,25 +99,36 @@ def captured_step(
     tensors = {name: value for name, value in parameters.items() if isinstance(value, torch.Tensor)}
     numbers = tuple((name, value) for name, value in parameters.items() if name not in tensors)
 
-    def run(small: torch.Tensor, seeds: torch.Tensor, *held: torch.Tensor) -> tuple[Stepped, Drafter]:
+    def run(small: torch.Tensor, seeds: torch.Tensor, *held: torch.Tensor) -> _Run:
         again, forgetful = copy.copy(state), drafter.forgetful()
-        again.seeds, again.sampling = seeds, replace(state.sampling, **dict(zip(tensors, held, strict=True)))
+        again.seeds, again.sampling = seeds, replace(state.sampling, **dict(zip(tensors, held, strict=False)))
         again.read(small)
         again.shorter = again.shorter._replace(on_host=again.prefix.on_host)  # one bound for both
         again.step = again.step_on_device  # type: ignore[assignment]
+        forgetful.carry(again, held[len(tensors) :])
+        stepped = step(forgetful, scorer, again, rule)
         # the graph has pointers into what the drafter holds
-        return step(forgetful, scorer, again, rule), forgetful
+        return _Run(stepped, forgetful.carried(), forgetful)
 
     bound = prefix_bucket(state.prefix.longest)
     with phase("step"):
-        found: tuple[Stepped, Drafter] | None = scorer.steps.run(
+        found: _Run | None = scorer.steps.run(
             (bound, rule, drafter.proposal, type(drafter), numbers, taken.key),
             (scorer.version, *taken.memory),
             run,
-            (state.small, state.seeds, *tensors.values()),
+            (state.small, state.seeds, *tensors.values(), *drafter.carried()),
             f"a step: batch {len(state.seeds)}, {taken.nodes} nodes, prefixes up to {bound}",
         )
-    return found and found[0]
+    if found is None:
+        return None
+    drafter.carry(state, found.carried)
+    return found.stepped
+
+
+class _Run(NamedTuple):
+    stepped: Stepped
+    carried: tuple[torch.Tensor, ...]
+    drafter: Drafter
 
 
 def _score(scorer: Scorer, state: State, tree: Proposal) -> torch.Tensor:

@@ -18,7 +18,7 @@ import mcsd
 from mcsd import Drafter, ModelDrafter, Proposal, State
 from mcsd.cache import CACHES
 from mcsd.decode import _are_captured, _read
-from mcsd.drafters import EntropyStop, FeatureDrafter, MergedDrafter, NgramDrafter
+from mcsd.drafters import EntropyStop, FeatureDrafter, HeadsDrafter, MergedDrafter, NgramDrafter
 from mcsd.drafters.base import Captures
 from mcsd.graphs import PADDING, Graphs, Rehearsal, _alike, capturing, fingerprint, prefix_bucket, row_bucket
 from mcsd.scoring import _KEPT
@@ -26,6 +26,7 @@ from mcsd.step import Stepped, pack
 from mcsd.trees import StaticTree
 from mcsd_kernels import SamplingParams, Verified
 from tests.tape import Tape
+from tests.test_drafters_heads import medusa, speculator
 from tests.test_feature_drafter import feature_model
 from tests.tiny import VOCAB, greedy, pad, perturbed, prompt, tiny
 
@@ -303,6 +304,82 @@ def test_caches_do_not_wait_for_the_garbage_collector() -> None:
         gc.enable()
 
 
+HIDDEN: dict[str, Any] = {
+    "feature": lambda model, *tree: FeatureDrafter(feature_model(model, 60), *tree),
+    "medusa": lambda model, *tree: HeadsDrafter(medusa(model), *tree),
+    "speculator": lambda model, *tree: HeadsDrafter(speculator(model), *tree),
+}
+
+
+@pytest.mark.parametrize("rule", ["recursive", "traversal"])
+@pytest.mark.parametrize("proposal", ["without_replacement", "point"])
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_hidden_states_go_from_one_captured_step_to_the_next(
+    kind: str, proposal: str, rule: str, tape: Tape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mcsd.cache.BLOCK", 256)
+    model = tiny()
+    drafter = HIDDEN[kind](model, (9, 6), proposal)
+    accepted = [0, 0]
+    for seed in range(3):
+        options: dict[str, Any] = {"temperature": torch.tensor([2.0, 0.0, 5.0]), "eos_token_id": [5, 9]}
+        found, wanted = both(model, drafter, max_new_tokens=30, rule=rule, seed=seed, **options)
+        assert torch.equal(found.sequences, wanted.sequences)
+        assert found.stats.accepted_by_depth == wanted.stats.accepted_by_depth
+        assert "step" in found.stats.seconds
+        accepted = [have + more for have, more in zip(accepted, found.stats.accepted_by_depth, strict=False)]
+    assert tape.captured == 1 < tape.replayed
+    assert accepted[0] > 0 and (accepted[1] > 0 or proposal == "point")
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_hidden_states_go_on_where_steps_are_captured_no_more(
+    kind: str, tape: Tape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From captured steps to others, to captured forwards, and to captured steps again."""
+    monkeypatch.setattr("mcsd.graphs._PREFIX_BUCKET", 16)
+    monkeypatch.setattr("mcsd.cache.BLOCK", 256)
+    begun = []
+
+    def at_times(*arguments: Any) -> Any:
+        begun.append(1)
+        if len(begun) in (2, 3):
+            raise RuntimeError("not now")
+        return tape(*arguments)
+
+    monkeypatch.setattr("mcsd.graphs.capture", at_times)
+    model = tiny()
+    found, wanted = both(model, HIDDEN[kind](model, (7, 4, 2)), max_new_tokens=110, seed=1)
+    assert torch.equal(found.sequences, wanted.sequences)
+    assert len(begun) == 4 and {"step", "draft"} <= found.stats.seconds.keys()
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_what_reads_hidden_states_is_not_kept_by_graphs(kind: str, tape: Tape) -> None:
+    model = tiny()
+    gone = []
+    for _ in range(3):
+        drafter = HIDDEN[kind](model, (3,))
+        both(model, drafter, max_new_tokens=12)
+        gone.append(weakref.ref(drafter.model if kind == "feature" else drafter.heads))
+        del drafter
+        gc.collect()
+    assert tape.captured >= 3 and all(reference() is None for reference in gone)
+    target = weakref.ref(model)
+    del model
+    gc.collect()
+    assert target() is None
+
+
+def test_heads_that_were_changed_are_captured_anew(tape: Tape) -> None:
+    model = tiny()
+    drafter = HIDDEN["speculator"](model, (3,))
+    for captured in (1, 2):
+        found, wanted = both(model, drafter, max_new_tokens=12)
+        assert torch.equal(found.sequences, wanted.sequences) and tape.captured == captured
+        drafter.heads.head[0].weight = torch.nn.Parameter(drafter.heads.head[0].weight.flip(0), requires_grad=False)
+
+
 def test_a_step_over_a_large_tree_is_captured(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mcsd.scoring.LARGEST", 8)  # forwards over more nodes are not captured by themselves
     model = tiny()
@@ -345,9 +422,7 @@ def test_what_changes_from_step_to_step_is_not_captured(tape: Tape) -> None:
     merged = MergedDrafter([ModelDrafter(draft, (2, 2)), NgramDrafter()])
     passing = Passing(ModelDrafter(draft, (3,)))
     passing.drafter.alone = False
-    hidden = Table(torch.randperm(VOCAB))
-    hidden.reads_hidden = True
-    for drafter in (Shrinking(draft, (3,)), sizes, merged, passing, hidden):
+    for drafter in (Shrinking(draft, (3,)), sizes, merged, passing):
         found, wanted = both(model, drafter, max_new_tokens=20, seed=3)
         assert torch.equal(found.sequences, wanted.sequences) and "step" not in found.stats.seconds
 
@@ -414,7 +489,7 @@ def test_a_replay_that_goes_wrong_costs_no_token(
     assert torch.equal(found.sequences, wanted.sequences)
     assert found.stats.target_calls == wanted.stats.target_calls
     (line,) = {line for line in lines if "did not do" in line}
-    part = "forwards run eagerly: a replay of a forward" if kind in ("forwards", "hidden") else "a replay of a step"
+    part = "forwards run eagerly: a replay of a forward" if kind == "forwards" else "a replay of a step"
     assert part in line
     # nothing more of the kind is replayed, then or later
     lines.clear()

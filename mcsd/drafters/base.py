@@ -186,15 +186,22 @@ class Drafter(ABC):
         """Whether the next step may be captured as a CUDA graph and replayed from then on, in other generations too.
 
         A replay repeats what the device did and runs no line of the drafter. So only a drafter may answer whose
-        `propose` and `keep` look at nothing that changes from step to step but `State`'s `small`, `prefix.lengths`,
-        `shorter.lengths`, `tail`, `seeds`, `step_on_device` and tensors in `sampling`, leave nothing behind on the
-        host, and do no harm when they are called several times. What they need room for must be there when this
-        returns. A drafter with `reads_hidden` is not asked.
+        `propose` and `keep` look at nothing that changes from step to step but what is `carried` and `State`'s `small`,
+        `prefix.lengths`, `shorter.lengths`, `tail`, `seeds`, `step_on_device` and tensors in `sampling`, leave nothing
+        behind on the host, and do no harm when they are called several times. What they need room for must be there
+        when this returns. Nobody asks before the first step is over.
 
         Returns:
             what such a graph depends on; None: the step is run as it comes, as by default.
         """
         return None
+
+    def carried(self) -> tuple[torch.Tensor, ...]:
+        """Tensors that a step leaves for the next, such as hidden states; always as many, and of the same shapes."""
+        return ()
+
+    def carry(self, state: State, tensors: tuple[torch.Tensor, ...]) -> None:  # noqa: B027 - optional hook
+        """Take what a captured step has `carried`, in place of `propose` and `keep`; `state` is what `keep` gets."""
 
     def forgetful(self: _Some) -> _Some:
         """A copy for a step that is being captured: it shares models and caches, and knows nothing of the requests.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +14,10 @@ from torch import nn
 
 from mcsd_kernels import SamplingParams, tree_attention
 
-from ..cache import Prefix
-from ..trees import chain_bits, columns
-from .base import State
+from ..cache import Prefix, TreeCache
+from ..graphs import capturing, fingerprint, prefix_bucket
+from ..trees import LARGEST_TREE, chain_bits, columns
+from .base import Captures, Proposal, State
 from .levels import LevelDrafter
 from .stopping import Stopping
 
@@ -164,6 +167,10 @@ class FeatureModel(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), weight, self.config.norm_eps)
 
 
+# model -> requests and what a graph has of it -> the memory that graphs point to, between two generations
+_KEPT: WeakKeyDictionary[FeatureModel, dict[tuple[int, int], TreeCache]] = WeakKeyDictionary()
+
+
 class FeatureDrafter(LevelDrafter):
     """Draws the children of every node from a `FeatureModel` that follows the target's hidden states.
 
@@ -194,7 +201,8 @@ class FeatureDrafter(LevelDrafter):
         super().__init__(branching or _BRANCHING, proposal, parents=parents, sampling=sampling, stopping=stopping)
         self.model = model
         self._own_branching = branching is not None
-        self._keys = self._values = self._hidden = torch.empty(0)
+        self._kind: tuple[int, int] | None  # if steps are captured
+        self._forget()
 
     def with_branching(self, branching: Sequence[int], proposal: str) -> FeatureDrafter:
         """A drafter with the same model and this tree; itself, if a tree was given to it."""
@@ -217,9 +225,12 @@ class FeatureDrafter(LevelDrafter):
             )
         super().begin(state)
         self._knows(self.model.draft_ids)
-        room = (batch, config.kv_heads, state.capacity + len(self.parents), config.head_dim)
-        self._keys = torch.zeros(room, dtype=self.model.fc.weight.dtype, device=state.device)
-        self._values = torch.zeros_like(self._keys)
+        self._cache = TreeCache([None], 0)
+        if state.scorer is not None and state.scorer.graphs is not None:
+            self._kind = batch, fingerprint(self.model)
+            self._cache = _KEPT.get(self.model, {}).pop(self._kind, self._cache)
+        # a request with few new tokens is padded to the one with most
+        self._cache.reset(state.capacity + LARGEST_TREE)
         # row t of `before` is the hidden state that token t is paired with
         before = F.pad(hidden, (0, 0, 1, 0))
         prompts = [sequence[:-1] for sequence in state.sequences]
@@ -234,11 +245,53 @@ class FeatureDrafter(LevelDrafter):
         accepted = path.clamp(0, state.hidden.shape[1] - 1).long()
         self._hidden = state.hidden.gather(1, accepted[..., None].expand(-1, -1, state.hidden.shape[2]))
         self._read_up_to = [len(sequence) for sequence in state.sequences]
+        if self._kind is not None:
+            self._accepted, self._count = self._tokens.gather(1, accepted), length.long()
+
+    def propose(self, state: State) -> Proposal:
+        """See `LevelDrafter`."""
+        proposal = super().propose(state)
+        self._tokens = proposal.tokens
+        return proposal
+
+    def captures(self, state: State) -> Captures | None:
+        """Unless what it does depends on more than the text: see `Drafter`."""
+        as_it_is = type(self) is FeatureDrafter and self.alone and self.nodes is None and self.stopping is None
+        if not as_it_is or self._kind is None:
+            return None
+        self._cache.place(state.prefix, 0, 2 * len(self.parents), prefix_bucket(state.prefix.longest))
+        memory = (self._cache.serial, self._cache.version)
+        return Captures(len(self.parents), (self.parents, id(self.sampling)), (memory,))
+
+    def carried(self) -> tuple[torch.Tensor, ...]:
+        """The accepted nodes' true hidden states and tokens, and how many of them there are."""
+        return self._hidden, self._accepted, self._count
+
+    def carry(self, state: State, tensors: tuple[torch.Tensor, ...]) -> None:
+        """See `carried`."""
+        self._hidden, self._accepted, self._count = tensors
+        self._read_up_to = [len(sequence) for sequence in state.sequences]
+
+    def forgetful(self) -> FeatureDrafter:
+        """See `Drafter`; captured steps stay with the target and shall not keep this model alive."""
+        other = super().forgetful()
+        other.model, other._cache = (
+            cast(FeatureModel, weakref.proxy(self.model)),
+            cast(TreeCache, weakref.proxy(self._cache)),
+        )
+        return other
 
     def end(self) -> None:
-        """Free the memory."""
+        """Free the memory, unless graphs point to it."""
         super().end()
-        self._keys = self._values = self._hidden = self._guess = torch.empty(0)
+        if self._kind is not None:
+            _KEPT[self.model] = {self._kind: self._cache}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._kind, self._cache = None, TreeCache([None], 0)
+        self._keys = self._values = torch.empty(0)
+        self._hidden = self._guess = self._tokens = self._accepted = self._count = torch.empty(0)
 
     def _level(self, state: State, level: int, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """One forward of the model; a node's hidden state is the guess at its parent."""
@@ -248,22 +301,38 @@ class FeatureDrafter(LevelDrafter):
             tree = self._plan.tree
             first, after = tree.levels[level], tree.levels[level + 1]
             z, query = self._write(tokens, self._guess[:, tree.above[level]], state.prefix, first, level)
-            guess = self._attend(z, query, tree.ancestors[:, first:after], state.prefix, after)
+            guess = self._attend(z, query, tree.ancestors[:, first:after], state.prefix)
         self._guess = guess
         return self.model.logits(guess), guess
 
     def _read(self, state: State) -> torch.Tensor:
         """Read the tokens that came since, the root last; returns the guess after the root, `[batch, 1, width]`."""
+        if capturing():
+            return self._read_on_device(state)
         # a request that is over has nothing new: its root is read again, to no effect
         read = [min(r, len(s) - 1) for r, s in zip(self._read_up_to, state.sequences, strict=True)]
         new = [sequence[r:] for r, sequence in zip(read, state.sequences, strict=True)]
         tokens = columns(new, state.device)
         z, query = self._write(tokens, self._hidden[:, : tokens.shape[1]], Prefix.of(read, state.device))
-        if tokens.shape[1] > 1:  # the layer is the only one: nothing asks for its output before the root
-            each = torch.arange(len(new), device=state.device)
-            last = torch.tensor([len(tokens) - 1 for tokens in new], device=state.device)
+        last = torch.tensor([len(tokens) - 1 for tokens in new], device=state.device) if tokens.shape[1] > 1 else None
+        return self._after(z, query, last, state)
+
+    def _read_on_device(self, state: State) -> torch.Tensor:
+        """The same where nobody knows on the host how many there are: always as many rows."""
+        at = torch.arange(self._accepted.shape[1], device=state.device)
+        last = self._count - 1
+        tokens = torch.where(at == last[:, None], state.tail[:, -1:], self._accepted.roll(-1, 1))
+        # of a request that is over the count says nothing
+        first = Prefix((state.prefix.lengths - last).clamp(min=0).int(), state.prefix.on_host)
+        z, query = self._write(tokens, self._hidden, first)
+        return self._after(z, query, last, state)
+
+    def _after(self, z: torch.Tensor, query: torch.Tensor, last: torch.Tensor | None, state: State) -> torch.Tensor:
+        """The guess after each request's last row: nothing asks for the layer's output before it."""
+        if last is not None:
+            each = torch.arange(len(last), device=state.device)
             z, query = z[each, last][:, None], query[each, :, last][:, :, None]
-        return self._attend(z, query, chain_bits(1, state.device), state.prefix, 1)
+        return self._attend(z, query, chain_bits(1, state.device), state.prefix)
 
     def _write(
         self, tokens: torch.Tensor, before: torch.Tensor, prefix: Prefix, offset: int = 0, depth: int | None = None
@@ -277,25 +346,18 @@ class FeatureDrafter(LevelDrafter):
             offset: the first row's number in the tree.
             depth: of all rows, in tokens below the root; None: the rows are a chain.
         """
-        device, rows = tokens.device, tokens.shape[1]
-        lengths = prefix.lengths.long()[:, None]
-        slots = lengths + torch.arange(offset, offset + rows, device=device)
-        # a request with few new tokens is padded to the one with most, perhaps past its room
-        slots = slots.clamp(max=self._keys.shape[2] - 1)
-        z = self.model.mix(tokens.clamp(min=0), before.to(self._keys.dtype))
-        query, key, value = self.model.project(z, slots if depth is None else lengths + depth)
-        for stored, fresh in ((self._keys, key), (self._values, value)):
-            if prefix.same:
-                start = prefix.longest + offset
-                stored[:, :, start : start + rows] = fresh
-            else:
-                stored.transpose(1, 2)[torch.arange(len(slots), device=device)[:, None], slots] = fresh.transpose(1, 2)
+        rows, lengths = tokens.shape[1], prefix.lengths.long()[:, None]
+        depths = torch.arange(offset, offset + rows, device=tokens.device) if depth is None else depth
+        z = self.model.mix(tokens.clamp(min=0), before.to(self.model.fc.weight.dtype))
+        query, key, value = self.model.project(z, lengths + depths)
+        if capturing():
+            self._cache.place(prefix, offset, rows, prefix_bucket(prefix.longest))
+            self._cache.aim(prefix.lengths, offset, rows)
+        else:
+            self._cache.place(prefix, offset, rows)
+        self._keys, self._values = self._cache.layers[0].update(key, value)
         return z, query
 
-    def _attend(
-        self, z: torch.Tensor, query: torch.Tensor, ancestors: torch.Tensor, prefix: Prefix, nodes: int
-    ) -> torch.Tensor:
-        """`g` after inner nodes of the tree, of which the first `nodes` are in the cache."""
-        used = prefix.longest + nodes
-        keys, values = self._keys[:, :, :used], self._values[:, :, :used]
-        return self.model.finish(z, tree_attention(query, keys, values, ancestors, prefix.lengths))
+    def _attend(self, z: torch.Tensor, query: torch.Tensor, ancestors: torch.Tensor, prefix: Prefix) -> torch.Tensor:
+        """`g` after inner nodes of the tree, the last of those that were written."""
+        return self.model.finish(z, tree_attention(query, self._keys, self._values, ancestors, prefix.lengths))

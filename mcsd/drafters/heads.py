@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Hashable, Sequence
 from typing import Protocol
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from mcsd_kernels import SamplingParams
 from mcsd_kernels import _checks as check
 from mcsd_kernels.verify import PROPOSALS
 
+from ..graphs import fingerprint
 from ..placement import output_shape
 from ..trees import StaticTree
-from .base import State
+from .base import Captures, State
 from .levels import LevelDrafter
 from .stopping import Stopping
 
@@ -87,6 +90,7 @@ class HeadsDrafter(LevelDrafter):
         self.heads, self.shares_rows = heads, heads.shares_rows
         self._check_depth("branching" if parents is None else "parents")
         self._hidden = self._states = torch.empty(0)
+        self._seen: Hashable = None  # which heads, as they are in this generation
 
     def with_tree(self, parents: Sequence[int], proposal: str) -> HeadsDrafter:
         """The same heads with a tree of any shape.
@@ -101,13 +105,38 @@ class HeadsDrafter(LevelDrafter):
     def begin(self, state: State) -> None:
         """Take the state at each prompt's last token but one; a prompt of one token has none, zeros stand for it."""
         super().begin(state)
+        self._seen = None
         assert state.hidden is not None
-        self._hidden = _rows(torch.nn.functional.pad(state.hidden, (0, 0, 1, 0)), state.prefix.lengths.long())
+        self._hidden = _rows(nn.functional.pad(state.hidden, (0, 0, 1, 0)), state.prefix.lengths.long())
 
     def keep(self, state: State, path: torch.Tensor, length: torch.Tensor) -> None:
         """The last accepted node is the one that predicted the next root."""
         assert state.hidden is not None
         self._hidden = _rows(state.hidden, path.gather(1, length[:, None].long() - 1)[:, 0].long())
+
+    def captures(self, state: State) -> Captures | None:
+        """Where the heads are a module, which is then taken to compute from its arguments alone."""
+        as_it_is = type(self) is HeadsDrafter and self.alone and self.nodes is None and self.stopping is None
+        if not as_it_is or not isinstance(self.heads, nn.Module):
+            return None
+        if self._seen is None:
+            # dead heads are no others' equal
+            self._seen = weakref.ref(self.heads), fingerprint(self.heads)
+        return Captures(len(self.parents), (self._seen, self.parents, id(self.sampling)))
+
+    def carried(self) -> tuple[torch.Tensor, ...]:
+        """The hidden state that the heads read next."""
+        return (self._hidden,)
+
+    def carry(self, state: State, tensors: tuple[torch.Tensor, ...]) -> None:
+        """See `carried`."""
+        (self._hidden,) = tensors
+
+    def forgetful(self) -> HeadsDrafter:
+        """See `Drafter`; captured steps stay with the target and shall not keep the heads alive, nor what they hold."""
+        other = super().forgetful()
+        other.heads = weakref.proxy(self.heads)
+        return other
 
     def end(self) -> None:
         """Forget the text."""
