@@ -21,7 +21,7 @@ from transformers.cache_utils import (
 
 from .attention import TreeStep, takes_tree_attention, tree_attention_in
 from .cache import Prefix, TreeCache
-from .graphs import LARGEST, PADDING, Graphs, Outputs, capturing, fingerprint, prefix_bucket, row_bucket
+from .graphs import LARGEST, PADDING, Graphs, Memory, Outputs, capturing, fingerprint, prefix_bucket, row_bucket
 from .hidden import HiddenStates, why_not
 from .placement import hidden_dtype, input_device, input_vocab, is_spread, output_shape, text_limit
 from .trees import after_chain, chain_bits, chain_depths
@@ -161,20 +161,21 @@ class Scorer:
         """The model attends by tree inside this context, and its hidden states are read if that was asked for."""
         with tree_attention_in(self.model) if self.tree else nullcontext(), self._states or nullcontext():
             yield
-        if self.graphs is not None and self.steps is not None and self.cache is self._own_cache:
-            kept = self.cache, self.graphs, self.steps
+        if self.graphs is not None and self.steps is not None:
+            kept = self._own_cache, self.graphs, self.steps
             _KEPT[self.model] = {self._kind: kept}  # one at a time: a cache is large
 
     @property
     def ready(self) -> bool:
         """Whether forwards over trees depend on no number on the host, but for bounds, and may be captured."""
         begun = self.begun if self._leader is None else self._leader.begun
-        return begun and self.graphs is not None and self.cache is self._own_cache
+        # a step's graph has the caches of all that take part
+        return begun and self.graphs is not None and (capturing() or self.cache is self._own_cache)
 
     @property
-    def version(self) -> tuple[int, int]:
-        """Which cache this is, and how often its memory has moved."""
-        return self.cache.serial, self.cache.version
+    def memory(self) -> Memory:
+        """Which cache this is, and how often its memory has moved; with its own where it uses another's."""
+        return tuple((cache.serial, cache.version) for cache in dict.fromkeys((self._own_cache, self.cache)))
 
     def restart(self) -> None:
         """Forget what was read. The prompts that come next are other ones, or the same texts as far as they go now."""
@@ -316,7 +317,7 @@ class Scorer:
         last = offset + padded - 1
         outputs: Outputs | None = self.graphs.run(
             key,
-            (self.version,),
+            self.memory,
             forward,
             (tokens, ancestors, depth, prefix.lengths),
             f"a forward: batch {batch}, rows {offset} to {last}, prefixes up to {bound}",

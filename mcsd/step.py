@@ -114,7 +114,7 @@ def captured_step(
     with phase("step"):
         found: _Run | None = scorer.steps.run(
             (bound, rule, drafter.proposal, type(drafter), numbers, taken.key),
-            (scorer.version, *taken.memory),
+            (*scorer.memory, *taken.memory),
             run,
             (state.small, state.seeds, *tensors.values(), *drafter.carried()),
             f"a step: batch {len(state.seeds)}, {taken.nodes} nodes, prefixes up to {bound}",

@@ -18,7 +18,7 @@ import mcsd
 from mcsd import Drafter, ModelDrafter, Proposal, State
 from mcsd.cache import CACHES
 from mcsd.decode import _are_captured, _read
-from mcsd.drafters import EntropyStop, FeatureDrafter, HeadsDrafter, MergedDrafter, NgramDrafter
+from mcsd.drafters import EarlyExitDrafter, EntropyStop, FeatureDrafter, HeadsDrafter, MergedDrafter, NgramDrafter
 from mcsd.drafters.base import Captures
 from mcsd.graphs import PADDING, Graphs, Rehearsal, _alike, capturing, fingerprint, prefix_bucket, row_bucket
 from mcsd.scoring import _KEPT
@@ -369,6 +369,26 @@ def test_what_reads_hidden_states_is_not_kept_by_graphs(kind: str, tape: Tape) -
     del model
     gc.collect()
     assert target() is None
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_targets_own_layers_draft_in_captured_steps(
+    name: str, shared: bool, tape: Tape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mcsd.cache.BLOCK", 256)
+    model = tiny(name, num_hidden_layers=3)
+    target = model if shared else tiny(name, num_hidden_layers=3)
+    drafters = [EarlyExitDrafter(model, layers, (4, 2)) for layers in (1, 2)]
+    for seed in range(2):
+        for drafter in drafters:
+            found, wanted = both(target, drafter, max_new_tokens=30, seed=seed, temperature=2.0)
+            assert torch.equal(found.sequences, wanted.sequences) and "step" in found.stats.seconds
+    assert tape.captured == 2 and sum(found.stats.accepted_by_depth) > 3
+    gone = weakref.ref(model)
+    del model, target, drafters, drafter
+    gc.collect()
+    assert gone() is None
 
 
 def test_heads_that_were_changed_are_captured_anew(tape: Tape) -> None:

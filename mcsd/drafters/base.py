@@ -136,7 +136,7 @@ class Captures(NamedTuple):
     Args:
         nodes: of its trees.
         key: what `propose` and `keep` depend on besides the tensors in `State`; equal keys, equal steps.
-        memory: `Scorer.version` of each cache of the drafter's own.
+        memory: `Scorer.memory` of each model of the drafter's own.
     """
 
     nodes: int

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -81,6 +83,16 @@ class EarlyExitDrafter(ModelDrafter):
         """The target keeps what was accepted."""
         if not self._shared:
             super().keep(state, path, length)
+
+    @property
+    def _is_capturable(self) -> bool:
+        return type(self) is EarlyExitDrafter
+
+    def forgetful(self) -> EarlyExitDrafter:
+        """See `Drafter`; the target is not held."""
+        other = cast(EarlyExitDrafter, super().forgetful())
+        other.target = weakref.proxy(self.target)
+        return other
 
     def _read(self, state: State) -> torch.Tensor:
         """Read the root; all before it is in the target's cache."""
