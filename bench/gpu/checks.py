@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from types import ModuleType
 from typing import Any
 
@@ -261,7 +262,8 @@ def captured_loop(context: Context) -> Iterator[Row]:
     told_by.addHandler(listener)
     told_by.setLevel(logging.INFO)
     try:
-        for seed, (rule, shape) in enumerate((rule, shape) for rule in ("recursive", "traversal") for shape in LOOPS):
+        for seed, (rule, (kind, shape)) in enumerate(product(("recursive", "traversal"), LOOPS)):
+            drafter = models[1] if kind == "model" else _drafter(kind, models[0], shape)
             for temperature in (1.0, torch.tensor([0.7, 0.0, 1.2], device=context.device.device)):
                 random = torch.Generator().manual_seed(seed)
                 ids = torch.randint(499, (3, 9), generator=random).to(context.device.device)
@@ -269,12 +271,12 @@ def captured_loop(context: Context) -> Iterator[Row]:
                 options = {"branching": shape, "temperature": temperature, "rule": rule, "seed": seed}
                 tokens = 8 if context.sizes.smoke else 64
                 texts = [
-                    mcsd.generate(*models, ids, mask, max_new_tokens=tokens, graphs=graphs, **options)
+                    mcsd.generate(models[0], drafter, ids, mask, max_new_tokens=tokens, graphs=graphs, **options)
                     for graphs in (True, False)
                 ]
                 steps, accepted = steps + texts[0].stats.target_calls, accepted + sum(texts[0].stats.accepted_by_depth)
                 if not torch.equal(texts[0].sequences, texts[1].sequences):
-                    differing.append(f"{rule}, {shape}, {temperature}: another text than without graphs")
+                    differing.append(f"{kind}, {rule}, {shape}, {temperature}: another text than without graphs")
     finally:
         told_by.removeHandler(listener)
         told_by.setLevel(before)
@@ -288,7 +290,26 @@ def captured_loop(context: Context) -> Iterator[Row]:
     yield verdict("loop", faults, steps=steps, accepted=accepted, captures=len(told))
 
 
-LOOPS = ((2,), (3, 2), (1, 1, 1))
+LOOPS = (
+    *(("model", shape) for shape in ((2,), (3, 2), (1, 1, 1))),
+    *((kind, (3, 2)) for kind in ("feature", "heads", "early exit")),
+)
+
+
+def _drafter(kind: str, target: Any, shape: tuple[int, ...]) -> Any:
+    """One that reads hidden states, with random weights, or the target's own first layer."""
+    from mcsd.drafters import EarlyExitDrafter, FeatureDrafter, HeadsDrafter, MedusaHeads
+    from mcsd.drafters.feature import FeatureConfig, FeatureModel
+
+    if kind == "early exit":
+        return EarlyExitDrafter(target, 1, shape)
+    if kind == "heads":
+        return HeadsDrafter(MedusaHeads.of(target, len(shape)), shape, "without_replacement")
+    embedding = target.get_input_embeddings().weight
+    model = FeatureModel(FeatureConfig(*embedding.shape, 512, 4, 2, 64, embedding.shape[0]), embedding)
+    for parameter in model.parameters():
+        parameter.data.normal_(1.0 if parameter.dim() == 1 else 0.0, parameter.shape[-1] ** -0.5)
+    return FeatureDrafter(model.eval().requires_grad_(False), shape)
 
 
 def _failing_capture(device: torch.device) -> list[str]:
