@@ -266,6 +266,7 @@ class Graphs:
         found.replay()
         if not _alike((found.outputs, _sums(memory)), wanted):
             self._distrusted = True
+            self._captured.clear()
             self._refuse(known, f"{self.otherwise}: a replay of {what} did not do what was captured")
             raise ReplayError(self._refused[known])
         return found.outputs
