@@ -11,12 +11,14 @@ from transformers import PreTrainedModel
 
 import mcsd
 from mcsd import Drafter, ModelDrafter, NgramDrafter, Proposal, State
+from mcsd.adaptive import AdaptiveDrafter
 from mcsd.drafters.early_exit import EarlyExitDrafter
 from mcsd.drafters.heads import HeadsDrafter
 from mcsd.drafters.merged import MergedDrafter
 from mcsd.drafters.stopping import ConfidenceStop
 from mcsd.drafters.topk import TopKDrafter
 from mcsd.drafters.trie import TrieDrafter
+from mcsd.profile import Ladder
 from tests.cases import PROPOSALS, RULES
 from tests.small_law import P, few, p_of, sample
 from tests.test_drafters import PROMPTS, paths_of, state_of
@@ -77,12 +79,11 @@ def merged(*drafters: Any, sequences: list[list[int]]) -> tuple[MergedDrafter, P
 def test_what_is_new_comes_after_and_what_is_not_is_joined() -> None:
     drafter, tree = merged(Given(*CHOSEN), drawn(*DRAWN), sequences=[[1, 5]])
     assert drafter.proposal == "without_replacement"
-    assert tree.tokens[0].tolist() == [5, 10, 11, 12, 13, -1, 14, -1, -1, 15, 16]
-    assert tree.parents[0].tolist() == [-1, 0, 0, 1, 1, -1, 2, -1, -1, 3, 0]
+    assert tree.tokens[0].tolist() == [5, 10, 11, 12, 13, 14, 15, 16, -1, -1, -1]
+    assert tree.parents[0].tolist() == [-1, 0, 0, 1, 1, 2, 3, 0, -1, -1, -1]
     assert tree.origin is not None and tree.point_nodes is not None and tree.depth == 3
-    there = [1, 2, 3, 4, 6, 9, 10]
-    assert tree.origin[0, there].tolist() == [1, 1, 1, 1, 0, 0, 0]
-    assert tree.point_nodes[0, there].tolist() == [False] * 4 + [True] * 3
+    assert tree.origin[0, 1:8].tolist() == [1, 1, 1, 1, 0, 0, 0]
+    assert tree.point_nodes[0, 1:8].tolist() == [False] * 4 + [True] * 3
     # every node has a row that is there: its own where its children are drawn, the root's elsewhere
     assert tree.draft_rows is not None and tree.draft_rows[0].tolist() == [0, 1] + [0] * 9
     assert tree.draft_logits is not None and tree.draft_logits.shape == (5, 3)
@@ -100,8 +101,9 @@ def test_what_was_chosen_among_drawn_siblings_stays_so() -> None:
 def test_a_missing_candidate_is_joined_with_nothing() -> None:
     tokens = [[5, -1, 11, 12, 13]]
     _, tree = merged(drawn(tokens, DRAWN[1]), Given([[5, -1, 10, 12, 11]], [-1, 0, 0, 1, 0]), sequences=[[5]])
-    assert tree.tokens[0].tolist() == [5, -1, 11, 12, 13, -1, 10, 12, -1]
-    assert tree.parents[0].tolist() == [-1, 0, 0, 1, 1, 0, 0, 5, -1], "a missing node keeps its place above others"
+    # a drawn one keeps its place, and what is below a chosen one goes with it
+    assert tree.tokens[0].tolist() == [5, -1, 11, 12, 13, 10, -1, -1, -1]
+    assert tree.parents[0].tolist() == [-1, 0, 0, 1, 1, 0, -1, -1, -1]
 
 
 def test_three_trees_of_different_shapes_in_a_batch() -> None:
@@ -109,12 +111,12 @@ def test_three_trees_of_different_shapes_in_a_batch() -> None:
     two = Given([[5, 10, 20, 30], [6, 7, 8, 9]], [[-1, 0, 1, 2], [-1, 0, 0, -1]])
     three = Given([[5, 10, 20, 31], [6, 8, 10, 9]], [[-1, 0, 1, 2], [-1, 0, 0, 2]])
     _, tree = merged(one, two, three, sequences=[[5], [6]])
-    assert tree.tokens.tolist() == [[5, 10, 11, -1, 20, 30, -1, -1, 31], [6, 10, 10, 7, 8, -1, -1, -1, 9]]
-    assert tree.parents.tolist() == [[-1, 0, 0, -1, 1, 4, -1, -1, 4], [-1, 0, 0, 0, 0, -1, -1, -1, 1]]
-    assert tree.origin is not None and tree.origin[:, [1, 4, 8]].tolist() == [[0, 1, 2]] * 2
+    assert tree.tokens.tolist() == [[5, 10, 11, 20, 30, 31, -1, -1, -1], [6, 10, 10, 7, 8, 9, -1, -1, -1]]
+    assert tree.parents.tolist() == [[-1, 0, 0, 1, 3, 3, -1, -1, -1], [-1, 0, 0, 0, 0, 1, -1, -1, -1]]
+    assert tree.origin is not None and tree.origin[:, [1, 3, 5]].tolist() == [[0, 1, 2]] * 2
     _, points = merged(two, three, sequences=[[5], [6]])
     assert points.point_nodes is None and points.draft_logits is None and points.draft_rows is None
-    assert points.tokens[0].tolist() == [5, 10, 20, 30, -1, -1, 31]
+    assert points.tokens[0].tolist() == [5, 10, 20, 30, 31, -1, -1]
 
 
 def test_each_is_told_in_its_own_numbers() -> None:
@@ -125,10 +127,10 @@ def test_each_is_told_in_its_own_numbers() -> None:
     hidden = torch.arange(11.0)[None, :, None].expand(1, 11, 2)
     state = state_of([[1, 5]], hidden=hidden)
     paths = {
-        (0, 1, 3, 9): ([0, 1, 3, 14], [0, 3, 4, 5]),
+        (0, 1, 3, 6): ([0, 1, 3, 11], [0, 3, 4, 5]),
         (0, 1, 4, -1): ([0, 1, 4, -1], [0, 3, 11, -1]),
-        (0, 2, 6, -1): ([0, 2, 11, -1], [0, 1, 2, -1]),
-        (0, 10, -1, -1): ([0, 15, -1, -1], [0, 6, -1, -1]),
+        (0, 2, 5, -1): ([0, 2, 10, -1], [0, 1, 2, -1]),
+        (0, 7, -1, -1): ([0, 12, -1, -1], [0, 6, -1, -1]),
     }
     for path, (first, second) in paths.items():
         length = sum(node >= 0 for node in path)
@@ -224,12 +226,25 @@ def test_a_model_reads_what_others_had_accepted(llama: PreTrainedModel, draft: P
 
 
 def test_a_proposal_depends_on_its_own_request(llama: PreTrainedModel, draft: PreTrainedModel) -> None:
-    drafter = MergedDrafter([ModelDrafter(draft, (3, 2)), TrieDrafter(nodes=6), HeadsDrafter(medusa(llama), (2,))])
-    ids, mask = pad(PROMPTS)
-    together = mcsd.generate(llama, drafter, ids, mask, max_new_tokens=16, seed=[4, 5, 6]).sequences
-    for request, text in enumerate(PROMPTS):
-        alone = mcsd.generate(llama, drafter, *pad([text]), max_new_tokens=16, seed=[4 + request]).sequences
-        assert torch.equal(alone[0, len(text) :], together[request, ids.shape[1] :])
+    ladder = Ladder((-1, 0, 0, 1, 2, 1), (1.0, 0.5, 0.3, 0.2, 0.1, 0.1), (2, 4, 6), (1.0, 1.1, 1.2))
+    kinds = [
+        [ModelDrafter(draft, (3, 2)), TrieDrafter(nodes=6), HeadsDrafter(medusa(llama), (2,))],
+        [NgramDrafter(), TopKDrafter(draft, 2, 3, 6)],  # the first one's trees have the size of the largest
+        [AdaptiveDrafter(draft, ladder), NgramDrafter()],
+        [NgramDrafter(), TrieDrafter()],
+    ]
+    prompts = [PROMPTS[0], [5, 6, 7] * 4, prompt(2, 9)]
+    ids, mask = pad(prompts)
+    accepted = 0
+    for drafter in map(MergedDrafter, kinds):
+        for seed in range(4):
+            options: dict[str, Any] = {"max_new_tokens": 16, "temperature": 0.7}
+            found = mcsd.generate(llama, drafter, ids, mask, seed=[seed, 50 + seed, 90 + seed], **options)
+            accepted += sum(found.stats.accepted_by_depth)
+            for request, text in enumerate(prompts):
+                alone = mcsd.generate(llama, drafter, *pad([text]), seed=[seed + (0, 50, 90)[request]], **options)
+                assert torch.equal(alone.sequences[0, len(text) :], found.sequences[request, ids.shape[1] :])
+    assert accepted > 50
 
 
 # The law

@@ -23,6 +23,9 @@ class MergedDrafter(Drafter):
     siblings from two laws would have to be verified one law after the other, and the residual of that is no longer
     given by three scalars.
 
+    A request's nodes stand together, its padding after them: their numbers choose the coins, which must not depend on
+    the sizes of other requests' trees.
+
     A node counts for the drafter that came first (`Proposal.origin`, the drafter's place in the list; the drawing one
     before all others), and `Stats.accepted_by_origin` says which earns its cost.
 
@@ -68,7 +71,7 @@ class MergedDrafter(Drafter):
         points = torch.zeros((batch, nodes), dtype=torch.bool, device=tree.tokens.device)
         if tree.point_nodes is not None:
             points = points | tree.point_nodes
-        parents = tree.parents.expand(batch, nodes)
+        parents = torch.where(_in_use(tree, self.proposal), tree.parents.expand(batch, nodes), -1)
         tree = replace(
             tree, parents=parents, point_nodes=points, origin=origin, ancestors=None, node_depth=None, scored=None
         )
@@ -76,6 +79,7 @@ class MergedDrafter(Drafter):
         for index in others:
             tree, places = merge(tree, self.drafters[index].propose(state), index)
             self._places.append(places)
+        tree, self._places = pack(tree, self._places)
         return replace(tree, point_nodes=None) if self.proposal == "point" else tree
 
     def keep(self, state: State, path: torch.Tensor, length: torch.Tensor) -> None:
@@ -125,8 +129,8 @@ def merge(tree: Proposal, other: Proposal, origin: int) -> tuple[Proposal, torch
         place = torch.where(same.any(-1), same.int().argmax(-1), place)
     found = place >= 0
     new = nodes - 1 + torch.arange(added + 1, device=device)
-    place = torch.where(found, place, torch.where(up >= 0, new, -1))
-    fresh = (up >= 0) & ~found
+    place = torch.where(found, place, torch.where(there, new, -1))
+    fresh = there & ~found
     parents = torch.where(fresh, place.gather(1, up.clamp(min=0)), -1)
     merged = replace(
         tree,
@@ -139,6 +143,50 @@ def merge(tree: Proposal, other: Proposal, origin: int) -> tuple[Proposal, torch
     if tree.draft_rows is not None:  # only chosen children: any row will do, and the root's is there
         merged.draft_rows = torch.cat([tree.draft_rows, tree.draft_rows[:, :1].expand(-1, added)], 1)
     return merged, place
+
+
+def pack(tree: Proposal, places: list[torch.Tensor]) -> tuple[Proposal, list[torch.Tensor]]:
+    """Move padding behind the last node of each request.
+
+    Args:
+        tree: as `merge` returns it.
+        places: where each drafter's nodes are in it, `[batch, nodes of the drafter]`, -1 for padding.
+
+    Returns:
+        the tree, and where the nodes are now.
+    """
+    used = tree.parents >= 0
+    used[:, 0] = True
+    order = used.to(torch.int8).argsort(stable=True, dim=1, descending=True)
+    number = torch.where(used, used.cumsum(1) - 1, -1)
+
+    def moved(labels: torch.Tensor) -> torch.Tensor:
+        return labels.gather(1, order)
+
+    def renumbered(nodes: torch.Tensor) -> torch.Tensor:
+        return torch.where(nodes >= 0, number.gather(1, nodes.clamp(min=0).long()), -1)
+
+    assert tree.point_nodes is not None and tree.origin is not None
+    packed = replace(
+        tree,
+        tokens=moved(torch.where(used, tree.tokens, -1)),
+        parents=moved(renumbered(tree.parents).to(tree.parents.dtype)),
+        point_nodes=moved(tree.point_nodes | ~used),
+        origin=moved(tree.origin),
+        draft_rows=None if tree.draft_rows is None else moved(tree.draft_rows),
+    )
+    return packed, [renumbered(place) for place in places]
+
+
+def _in_use(tree: Proposal, proposal: str) -> torch.Tensor:
+    """`[batch, nodes]` bool: no padding, and no missing candidate after all others, where larger neighbours leave some.
+
+    Of "greedy" siblings the last one is the drawn one, missing or not: those stay.
+    """
+    used = tree.parents.expand(tree.tokens.shape) >= 0
+    if proposal == "greedy":
+        return used
+    return used & ((tree.tokens >= 0).flip(1).cumsum(1).flip(1) > 0)
 
 
 def _append(labels: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
