@@ -107,6 +107,11 @@ class AdaptiveDrafter(Drafter):
         self._rungs = [self._best(request) for request in range(batch)]
         self._steps = 0
 
+    def restart(self, state: State) -> None:
+        """What was learned stays; the step that comes again has nothing new to tell."""
+        self.drafter.restart(state)
+        self._steps = 0
+
     def propose(self, state: State) -> Proposal:
         """Learn from the last step, choose each request's size, and draft the largest of them."""
         if self._steps:

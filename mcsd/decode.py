@@ -115,7 +115,7 @@ def generate(
         streamer: gets the prompt and then every token, as transformers' `generate` does; batch 1 only.
         attention: "tree" (our attention in the model), "dense" (4-D masks), or "auto".
         graphs: capture what a step does as CUDA graphs when its shapes first come, and replay them; graphs and caches
-            then stay with the models. A step is one graph where the drafter allows it (`Drafter.captures`: a draft
+            then stay with the models, those of one batch size. A step is one graph where the drafter allows it (`Drafter.captures`: a draft
             model does) and nothing needs the host (logits processors do), else each forward over a tree is one. A
             number among the sampling parameters belongs to what is captured, a tensor does not. A graph's first two
             replays are compared with the same step run as always. Where nothing can be captured, or a replay is wrong,
@@ -207,7 +207,7 @@ def generate(
         try:
             output.begin()
             with stats.phase("prefill"):
-                _read_in(drafter, scorer, state)
+                _read_in(drafter.begin, drafter, scorer, state)
             while any(state.active):
                 try:
                     found = None if process else captured_step(drafter, scorer, state, rule, phase=stats.phase)
@@ -215,9 +215,8 @@ def generate(
                         found = step(drafter, scorer, state, rule, process=process, phase=stats.phase)
                 except ReplayError:  # nothing came of this step, and the caches are not to be relied on
                     with stats.phase("prefill"):
-                        drafter.end()
                         scorer.restart()
-                        _read_in(drafter, scorer, state)
+                        _read_in(drafter.restart, drafter, scorer, state)
                     continue
                 with stats.phase("other"):
                     if observer is not None:
@@ -238,13 +237,13 @@ def _are_captured(graphs: bool | None, target: PreTrainedModel) -> bool:
     return input_device(target).type == "cuda" and not is_spread(target) if graphs is None else graphs
 
 
-def _read_in(drafter: Drafter, scorer: Scorer, state: State) -> None:
+def _read_in(begin: Callable[[State], None], drafter: Drafter, scorer: Scorer, state: State) -> None:
     """Target and drafter read each text but for its last token, the root of the tree to come."""
     heads = [sequence[:-1] for sequence in state.sequences]
     join = not (drafter.reads_hidden or drafter.reads_cache)
     scorer.prefill(columns(heads, scorer.device), [len(head) for head in heads], join=join)
     state.hidden = scorer.hidden
-    drafter.begin(state)
+    begin(state)
 
 
 @contextmanager

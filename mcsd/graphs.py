@@ -28,6 +28,9 @@ _CLOSE = 2**-5  # of an entry's size; kernels that add in no fixed order stay fa
 _AT_ONCE = 1 << 24  # entries
 
 
+ROOM = "room"  # what is refused where caches cannot grow to a prefix's bucket
+
+
 class Outputs(NamedTuple):
     """Of a forward.
 
@@ -195,7 +198,7 @@ class Graphs:
     def __init__(self, otherwise: str, shared: bool = False) -> None:
         self.otherwise, self.shared = otherwise, shared
         self.report: Callable[[str], None] | None = None
-        self._captured: dict[Hashable, Captured] = {}
+        self._captured: dict[tuple[Hashable, Memory], Captured] = {}
         self._refused: dict[Hashable, str] = {}
         self._distrusted = False
         self._pool: Any = None
@@ -239,12 +242,12 @@ class Graphs:
             the function's result; a replay's lies where the one before it lay. None where it cannot be captured.
 
         Raises:
-            ReplayError: they differ.
+            ReplayError: they differ, or there was no memory to find that out.
         """
         if capturing():
             return function(*inputs)
         known = (*key, *((tensor.shape, tensor.dtype) for tensor in inputs))
-        if self.off or known in self._refused:
+        if self.refuses(known):
             return None
         found = self._captured.pop((known, memory), None)
         if found is None:
@@ -257,24 +260,53 @@ class Graphs:
         if not found.trials:
             found.replay()
             return found.outputs
-        found.trials -= 1
-        _under_way.yes = True  # it runs as it did when it was captured
         try:
-            wanted = function(*found.inputs), _sums(memory)
-        finally:
-            _under_way.yes = False
+            wanted = self._without(found, function), _sums(memory)
+        except torch.OutOfMemoryError as error:  # nothing is lost: it can be run again
+            self.refuse(known, error)
+            return None
         found.replay()
-        if not _alike((found.outputs, _sums(memory)), wanted):
+        try:
+            same = _alike((found.outputs, _sums(memory)), wanted)
+        except torch.OutOfMemoryError as error:
+            self.refuse(known, error)
+            raise ReplayError(self._refused[known]) from error
+        if not same:
             self._distrusted = True
-            self._captured.clear()
-            self._refuse(known, f"{self.otherwise}: a replay of {what} did not do what was captured")
+            self._keep_only([])
+            self.refuse(known, ReplayError(f"a replay of {what} did not do what was captured"))
             raise ReplayError(self._refused[known])
+        found.trials -= 1
         return found.outputs
 
-    def _refuse(self, known: Hashable, reason: str) -> None:
+    @staticmethod
+    def _without(found: Captured, function: Callable[..., Any]) -> Any:
+        """What the function does by itself, run as it was when it was captured."""
+        _under_way.yes = True
+        try:
+            return function(*found.inputs)
+        finally:
+            _under_way.yes = False
+
+    def refuse(self, known: Hashable, error: BaseException) -> None:
+        """Leave one thing uncaptured from now on, and say why."""
+        reason = f"{self.otherwise}: {type(error).__name__}: {error}"
         if reason not in self._refused.values():
             (self.report or LOG.warning)(reason)
         self._refused[known] = reason
+        self._keep_only([(key, one) for key, one in self._captured.items() if key[0] != known])
+
+    def refuses(self, known: Hashable) -> bool:
+        """Whether that has been refused, or everything."""
+        return self.off or known in self._refused
+
+    def _keep_only(self, kept: list[tuple[tuple[Hashable, Memory], Captured]]) -> None:
+        """Give the other graphs back."""
+        devices = {one.inputs[0].device for one in self._captured.values()} if len(kept) < len(self) else set()
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # one of the others may be under way
+        self._captured = dict(kept)
 
     def _capture(
         self, known: Hashable, memory: Memory, function: Callable[..., Any], inputs: Sequence[torch.Tensor], what: str
@@ -282,11 +314,8 @@ class Graphs:
         """The graph, in place of those that are lost, and of the one longest out of use if there are many; or None."""
         start = time.perf_counter()
         device = inputs[0].device
-        kept = [(key, one) for key, one in self._captured.items() if not one.is_lost][-(_MOST - 1) :]
-        if len(kept) < len(self._captured) and device.type == "cuda":
-            torch.cuda.synchronize(device)  # one of the others may be under way
-        self._captured = dict(kept)
-        if self.shared and device.type == "cuda" and not kept:  # a pool ends with its last graph
+        self._keep_only([(key, one) for key, one in self._captured.items() if not one.is_lost][-(_MOST - 1) :])
+        if self.shared and device.type == "cuda" and not self._captured:  # a pool ends with its last graph
             self._pool = torch.cuda.graph_pool_handle()
         held = tuple(tensor.clone() for tensor in inputs)
         _under_way.yes = True
@@ -295,7 +324,7 @@ class Graphs:
         except Exception as error:  # whatever a model does that cannot be captured is the reason
             # the end of a capture that failed complains, too
             cause = error.__context__ if "capture" in str(error) and error.__context__ else error
-            self._refuse(known, f"{self.otherwise}: {type(cause).__name__}: {cause}")
+            self.refuse(known, cause)
             if self._pool is not None:
                 self._pool = torch.cuda.graph_pool_handle()  # a failed capture may leave the other one in use
             return None
@@ -325,7 +354,9 @@ def _close(found: torch.Tensor, wanted: torch.Tensor, share: float) -> bool:
     """Whether entries differ by no more than this share of themselves or of what is usual."""
     for ours, theirs in zip(found.flatten().split(_AT_ONCE), wanted.flatten().split(_AT_ONCE), strict=True):
         ours, theirs = ours.float(), theirs.float()
-        usual = float(theirs.abs().nan_to_num(posinf=0.0).median()) if len(theirs) else 0.0
+        sizes = theirs.abs()
+        sizes = sizes[(sizes > 0) & sizes.isfinite()]  # most of a cache has not been written
+        usual = float(sizes.median()) if len(sizes) else 0.0
         if not torch.allclose(ours, theirs, rtol=share, atol=share * usual, equal_nan=True):
             return False
     return True

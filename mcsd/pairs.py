@@ -189,8 +189,8 @@ class Pair:
         self.drafter: Drafter
         if settings.adaptive and settings.tuned:
             assert not isinstance(draft, str), "refused above"
-            own = "point" if settings.temperature == 0 else None
-            self.drafter = AdaptiveDrafter(draft, settings.tuned, proposal=own)
+            greedy = "point" if settings.temperature == 0 else None
+            self.drafter = AdaptiveDrafter(draft, settings.tuned, proposal=proposal or greedy)
         else:
             self.drafter = drafter_for(self.target, draft, branching, proposal, "auto", settings.temperature, parents)
         has_template = bool(getattr(self.tokenizer, "chat_template", None))
@@ -229,6 +229,7 @@ class Pair:
             "branching": list(branching or ()) or None,
             "parents": list(settings.tuned.parents) if settings.tuned else None,
             "adaptive": isinstance(self.drafter, AdaptiveDrafter),
+            "ladder": self.drafter.ladder.digest if isinstance(self.drafter, AdaptiveDrafter) else None,
             "proposal": self.drafter.proposal,
             "rule": settings.chosen_rule,
             "temperature": settings.temperature,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields
+from hashlib import sha256
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,11 @@ class Ladder:
         if self.proposal not in PROPOSALS or self.proposal == "greedy":
             expected = ", ".join(name for name in PROPOSALS if name != "greedy")
             raise ValueError(f"proposal: expected one of {expected}, got {self.proposal!r}")
+
+    @property
+    def digest(self) -> str:
+        """A name for what it holds."""
+        return sha256(json.dumps(asdict(self)).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)

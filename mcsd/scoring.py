@@ -21,7 +21,7 @@ from transformers.cache_utils import (
 
 from .attention import TreeStep, takes_tree_attention, tree_attention_in
 from .cache import Prefix, TreeCache
-from .graphs import LARGEST, PADDING, Graphs, Memory, Outputs, capturing, fingerprint, prefix_bucket, row_bucket
+from .graphs import LARGEST, PADDING, ROOM, Graphs, Memory, Outputs, capturing, fingerprint, prefix_bucket, row_bucket
 from .hidden import HiddenStates, why_not
 from .placement import hidden_dtype, input_device, input_vocab, is_spread, output_shape, text_limit
 from .trees import after_chain, chain_bits, chain_depths
@@ -294,6 +294,8 @@ class Scorer:
     ) -> Outputs | None:
         """The forward with rows and prefixes rounded up, so that one graph serves many steps; None: there is none."""
         assert self.graphs is not None
+        if self.graphs.refuses(ROOM):
+            return None
         batch, rows = tokens.shape
         depth = depth.expand(batch, rows)
         padded = rows
@@ -305,7 +307,11 @@ class Scorer:
             ancestors = F.pad(ancestors[..., :words], (0, max(words - ancestors.shape[-1], 0), *more))
         bound = prefix_bucket(prefix.longest)
         kept = padded if wanted == rows else wanted
-        self.cache.place(prefix, offset, padded, bound)
+        try:
+            self.cache.place(prefix, offset, padded, bound)
+        except torch.OutOfMemoryError as error:  # the forward by itself needs less
+            self.graphs.refuse(ROOM, error)
+            return None
 
         def forward(
             tokens: torch.Tensor, ancestors: torch.Tensor, depth: torch.Tensor, lengths: torch.Tensor

@@ -127,7 +127,7 @@ class Settings:
         tuned = self.tuned
         if self.rule is None:
             object.__setattr__(self, "rule", Rule(tuned.rule) if tuned else Rule.RECURSIVE)
-        if self.proposal is None and tuned is not None:
+        if self.proposal is None and tuned is not None and not self.adaptive:  # which has a proposal of its own
             object.__setattr__(self, "proposal", Proposal(tuned.proposal_at(self.temperature)))
 
     @property

@@ -13,7 +13,7 @@ import torch
 from mcsd_kernels import Verified, ancestor_bits, draw_uniforms, node_depths, verify
 
 from .drafters import Drafter, Proposal, State
-from .graphs import prefix_bucket
+from .graphs import ROOM, prefix_bucket
 from .scoring import Scorer
 from .trees import LARGEST_TREE
 
@@ -91,10 +91,16 @@ def captured_step(
     """
     if scorer.steps is None or scorer.steps.off or not scorer.ready:
         return None
-    taken = drafter.captures(state)
-    if taken is None:
+    if scorer.steps.refuses(ROOM):
         return None
-    scorer.reserve(state.prefix, taken.nodes)
+    try:
+        taken = drafter.captures(state)
+        if taken is None:
+            return None
+        scorer.reserve(state.prefix, taken.nodes)
+    except torch.OutOfMemoryError as error:  # a step by itself needs less room in the caches
+        scorer.steps.refuse(ROOM, error)
+        return None
     parameters = vars(state.sampling)
     tensors = {name: value for name, value in parameters.items() if isinstance(value, torch.Tensor)}
     numbers = tuple((name, value) for name, value in parameters.items() if name not in tensors)
@@ -108,7 +114,7 @@ def captured_step(
         forgetful.carry(again, held[len(tensors) :])
         stepped = step(forgetful, scorer, again, rule)
         # the graph has pointers into what the drafter holds
-        return _Run(stepped, forgetful.carried(), forgetful)
+        return _Run(stepped, forgetful.carried(), again.hidden, forgetful)
 
     bound = prefix_bucket(state.prefix.longest)
     with phase("step"):
@@ -122,12 +128,14 @@ def captured_step(
     if found is None:
         return None
     drafter.carry(state, found.carried)
+    state.hidden = found.hidden
     return found.stepped
 
 
 class _Run(NamedTuple):
     stepped: Stepped
     carried: tuple[torch.Tensor, ...]
+    hidden: torch.Tensor | None
     drafter: Drafter
 
 

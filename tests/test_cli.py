@@ -626,7 +626,16 @@ def test_tune_writes_a_profile_that_generate_uses(pair_options: list[str], tmp_p
     shown = call("generate", *pair_options, "--profile", str(profile), "--temperature", "0.5", "Hello").stderr
     assert "the profile was measured with temperature 1.0, not 0.5" in shown
     options = ["--json", *pair_options, "--profile", str(profile), "--adaptive", "Hello"]
-    assert json.loads(call("generate", *options).stdout)["settings"]["adaptive"] is True
+    settings = json.loads(call("generate", *options).stdout)["settings"]
+    assert settings["adaptive"] is True and row["settings"]["ladder"] is None
+    for more in (["--proposal", "with_replacement"], ["--temperature", "0", "--proposal", "without_replacement"]):
+        asked = json.loads(call("generate", *options, *more).stdout)["settings"]
+        assert asked["proposal"] == more[-1] and asked["ladder"] == settings["ladder"]
+    assert 'expected another than "greedy"' in failure(call("generate", *options, "--proposal", "greedy"))
+    # a text depends on every number of the ladder
+    found["ladder"]["seconds"][0] *= 2
+    profile.write_text(json.dumps(found))
+    assert json.loads(call("generate", *options).stdout)["settings"]["ladder"] != settings["ladder"]
 
 
 @pytest.mark.parametrize(

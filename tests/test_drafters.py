@@ -420,11 +420,14 @@ def test_lookup_in_a_text_that_grows_is_lookup_in_the_whole() -> None:
         {"depth": 0},
         {"continuations": 0},
         {"nodes": 1},
+        {"nodes": 2000},
+        {"depth": 2000},
+        {"longest": 2.5},
     ],
-    ids=["shortest-zero", "shortest-above-longest", "no-depth", "no-continuations", "root-alone"],
+    ids=lambda options: "-".join(f"{name}-{value}" for name, value in options.items()),
 )
-def test_lookup_names_mistakes(options: dict[str, int]) -> None:
-    with pytest.raises(ValueError):
+def test_lookup_names_mistakes(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{list(options)[-1]}: expected a whole number"):
         NgramDrafter(**options)
 
 

@@ -332,12 +332,27 @@ def test_stopping_goes_along() -> None:
 
 
 def test_mistakes_are_named(draft: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match="two or more"):
+    with pytest.raises(ValueError, match=r"two or more objects with propose, got NgramDrafter$"):
         MergedDrafter([NgramDrafter()])
-    with pytest.raises(ValueError, match="propose"):
+    with pytest.raises(ValueError, match=r"with propose, got NgramDrafter, LlamaForCausalLM$"):
         MergedDrafter([NgramDrafter(), draft])
+    with pytest.raises(ValueError, match="each drafter once"):
+        MergedDrafter(2 * [NgramDrafter()])
     with pytest.raises(ValueError, match="at most one"):
         MergedDrafter([ModelDrafter(draft), NgramDrafter(), ModelDrafter(draft, proposal="greedy")])
+
+
+def test_all_end_whatever_becomes_of_one(llama: PreTrainedModel) -> None:
+    class Fails(Given):
+        def end(self) -> None:
+            super().end()
+            raise OSError("gone")
+
+    one, two = Given(*CHOSEN), Fails(*CHOSEN)
+    drafter = MergedDrafter([one, two, NgramDrafter()])
+    with pytest.raises(OSError, match="gone"):
+        mcsd.generate(llama, drafter, torch.tensor([[1, 2, 3]]), max_new_tokens=4)
+    assert one.calls == two.calls == ["begin", "end"] and all(each.alone for each in drafter.drafters)
 
 
 def test_two_drafters_of_one_compiled_model() -> None:

@@ -9,8 +9,9 @@ import torch
 
 from mcsd import ModelDrafter, Proposal, State
 from mcsd.drafters.stopping import ConfidenceStop, EntropyStop, Stopping, going_on
+from mcsd.drafters.topk import TopKDrafter
 from tests.small_law import P, exact, few, p_of, sample
-from tests.tiny import perturbed
+from tests.tiny import perturbed, tiny
 
 
 def logits_of(*laws: list[float]) -> torch.Tensor:
@@ -60,6 +61,14 @@ def test_mistakes_are_named() -> None:
     for top in (0, 1.5, True):
         with pytest.raises(ValueError, match="top"):
             ConfidenceStop(0.5, top)  # type: ignore[arg-type]
+    draft = tiny(vocab_size=5)
+    with pytest.raises(ValueError, match=r"stopping: expected a function such as EntropyStop\(1.0\), got 0.5"):
+        ModelDrafter(draft, stopping=0.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="stopping: expected a function"):
+        TopKDrafter(draft, stopping=0.5)  # type: ignore[arg-type]
+    for hook in (lambda *_: torch.ones(1, 1), lambda *_: 0.5):
+        with pytest.raises(ValueError, match="stopping: expected bool"):
+            going_on(hook, 0, torch.ones(1, 1, 5), None, torch.tensor([[1]]))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,11 @@ def test_another_target_is_refused() -> None:
         mcsd.generate(target, drafter, torch.tensor([[1, 2, 3]]), max_new_tokens=2)
 
 
+def test_a_tree_without_levels_is_refused() -> None:
+    with pytest.raises(ValueError, match="branching"):
+        FeatureDrafter(feature_model(tiny.tiny()), [])
+
+
 def test_branching_reaches_a_drafter_without_one_of_its_own() -> None:
     model = feature_model(tiny.tiny())
     shared = FeatureDrafter(model, sampling=SamplingParams(temperature=0.5))

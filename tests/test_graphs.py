@@ -16,14 +16,16 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 import mcsd
 from mcsd import Drafter, ModelDrafter, Proposal, State
+from mcsd.adaptive import AdaptiveDrafter
 from mcsd.cache import CACHES
 from mcsd.decode import _are_captured, _read
 from mcsd.drafters import EarlyExitDrafter, EntropyStop, FeatureDrafter, HeadsDrafter, MergedDrafter, NgramDrafter
 from mcsd.drafters.base import Captures
 from mcsd.graphs import PADDING, Graphs, Rehearsal, _alike, capturing, fingerprint, prefix_bucket, row_bucket
+from mcsd.profile import Ladder
 from mcsd.scoring import _KEPT
 from mcsd.step import Stepped, pack
-from mcsd.trees import StaticTree
+from mcsd.trees import StaticTree, chain_bits, chain_depths
 from mcsd_kernels import SamplingParams, Verified
 from tests.tape import Tape
 from tests.test_drafters_heads import medusa, speculator
@@ -332,6 +334,45 @@ def test_hidden_states_go_from_one_captured_step_to_the_next(
     assert accepted[0] > 0 and (accepted[1] > 0 or proposal == "point")
 
 
+def test_an_observer_sees_the_hidden_states_of_captured_steps(tape: Tape) -> None:
+    model = tiny()
+    ids, mask = pad(PROMPTS)
+    seen: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    for graphs, states in seen.items():
+
+        def note(state: State, *_: Any) -> None:
+            assert state.hidden is not None
+            states.append(state.hidden.clone())  # noqa: B023
+
+        drafter = HIDDEN["feature"](model, (2, 2))
+        mcsd.generate(model, drafter, ids, mask, max_new_tokens=9, graphs=graphs, observer=note)
+    assert len(seen[True]) == len(seen[False]) > 5
+    for found, wanted in zip(*seen.values(), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_other_tokens_of_a_draft_are_captured_anew(tape: Tape) -> None:
+    model = tiny()
+    draft = feature_model(model, 60)
+    for captured in (1, 2):
+        found, wanted = both(model, FeatureDrafter(draft, (4,)), max_new_tokens=30, seed=3)
+        assert torch.equal(found.sequences, wanted.sequences) and tape.captured >= captured
+        draft.draft_ids.copy_(torch.randperm(VOCAB)[:60].sort().values)
+
+
+def test_graphs_hold_what_they_point_to(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mcsd.cache.BLOCK", 256)
+    model = tiny(num_hidden_layers=3)
+    drafters = [HIDDEN[kind](model, (2, 2)) for kind in HIDDEN] + [EarlyExitDrafter(model, 1, (2, 2))]
+    for _ in range(2):
+        for drafter in (*drafters, perturbed(model)):
+            found, wanted = both(model, drafter, max_new_tokens=20)
+            assert torch.equal(found.sequences, wanted.sequences)
+        for kept in (chain_bits, chain_depths, StaticTree.of):
+            kept.cache_clear()
+        gc.collect()
+
+
 @pytest.mark.parametrize("kind", HIDDEN)
 def test_hidden_states_go_on_where_steps_are_captured_no_more(
     kind: str, tape: Tape, monkeypatch: pytest.MonkeyPatch
@@ -356,15 +397,18 @@ def test_hidden_states_go_on_where_steps_are_captured_no_more(
 
 @pytest.mark.parametrize("kind", HIDDEN)
 def test_what_reads_hidden_states_is_not_kept_by_graphs(kind: str, tape: Tape) -> None:
-    model = tiny()
-    gone = []
+    gc.collect()
+    model, before, gone = tiny(), set(CACHES), []
     for _ in range(3):
         drafter = HIDDEN[kind](model, (3,))
         both(model, drafter, max_new_tokens=12)
         gone.append(weakref.ref(drafter.model if kind == "feature" else drafter.heads))
         del drafter
         gc.collect()
+        assert len(set(CACHES) - before) == 1, "the target's"
     assert tape.captured >= 3 and all(reference() is None for reference in gone)
+    both(model, perturbed(model), max_new_tokens=12)
+    assert all(len(steps) == 1 for _, _, steps in _KEPT[model].values())
     target = weakref.ref(model)
     del model
     gc.collect()
@@ -509,13 +553,79 @@ def test_a_replay_that_goes_wrong_costs_no_token(
     assert torch.equal(found.sequences, wanted.sequences)
     assert found.stats.target_calls == wanted.stats.target_calls
     (line,) = {line for line in lines if "did not do" in line}
-    part = "forwards run eagerly: a replay of a forward" if kind == "forwards" else "a replay of a step"
-    assert part in line
+    assert ("a replay of a forward" if kind == "forwards" else "a replay of a step") in line
     # nothing more of the kind is replayed, then or later
     lines.clear()
     found, wanted = both(model, draft, max_new_tokens=40, seed=4)
     assert torch.equal(found.sequences, wanted.sequences) and line in lines
     assert not any("captured a step" in line for line in lines)
+
+
+def test_drafters_that_learn_go_on_after_a_wrong_replay(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mcsd.cache.BLOCK", 256)
+    ladder = Ladder((-1, 0, 0, 1, 1, 3, 3, 5), (1.0, 0.6, 0.2, 0.3, 0.1, 0.2, 0.1, 0.1), (2, 4, 8), (1.0, 1.15, 1.4))
+    for spoilt in (1, 3, 5, 8):
+        model = tiny()
+        tape.replayed, tape.spoils = 0, (spoilt, "results")
+        draft = perturbed(model)
+        merged = MergedDrafter([AdaptiveDrafter(draft, ladder), NgramDrafter()])
+        for drafter in (AdaptiveDrafter(draft, ladder), merged):
+            found, wanted = both(model, drafter, max_new_tokens=60, seed=1)
+            assert torch.equal(found.sequences, wanted.sequences)
+            assert found.stats.target_calls == wanted.stats.target_calls
+
+
+@pytest.mark.parametrize("proposal", ["without_replacement", "point"])
+@pytest.mark.parametrize("kind", ["feature", "medusa", "early exit"])
+def test_merged_drafters_have_their_forwards_captured(kind: str, proposal: str, tape: Tape) -> None:
+    model = tiny(num_hidden_layers=3)
+    make = HIDDEN.get(kind, lambda model, *tree: EarlyExitDrafter(model, 2, *tree))
+    first = make(model, (3, 2), proposal)
+    drafter = MergedDrafter([first, NgramDrafter()])
+    ids, mask = pad([4 * prompt(5, 1), 3 * prompt(4, 2), 5 * prompt(3, 3)])
+    options: dict[str, Any] = {"max_new_tokens": 30, "seed": 2}
+    found, wanted = (mcsd.generate(model, drafter, ids, mask, graphs=graphs, **options) for graphs in (True, False))
+    assert torch.equal(found.sequences, wanted.sequences) and tape.replayed > 5
+
+
+@pytest.mark.parametrize("place", ["mcsd.graphs.Graphs._without", "mcsd.graphs._alike", "mcsd.cache._Store._make_room"])
+def test_without_memory_to_compare_or_to_reserve_all_goes_on(
+    place: str, tape: Tape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("mcsd.graphs.LOG.info", lines.append)
+    monkeypatch.setattr("mcsd.graphs.LOG.warning", lines.append)
+    before = getattr(mcsd.cache._Store, place.rsplit(".", 1)[1], None)
+
+    def fails(*arguments: Any) -> Any:
+        if before is None or arguments[3] > 100:
+            raise torch.OutOfMemoryError("too little memory")
+        return before(*arguments)
+
+    model = tiny()
+    draft = perturbed(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, staticmethod(fails) if "_without" in place else fails)
+        found, wanted = both(model, draft, max_new_tokens=12, seed=2)
+        assert torch.equal(found.sequences, wanted.sequences)
+        assert any("OutOfMemoryError: too little memory" in line for line in lines)
+    before_it = tape.captured
+    found, wanted = both(model, draft, max_new_tokens=12, seed=2)
+    assert torch.equal(found.sequences, wanted.sequences) and tape.captured > before_it, "tried again"
+
+
+def test_a_comparison_that_was_interrupted_is_made_later(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mcsd.cache.BLOCK", 256)
+    model = tiny()
+    draft = perturbed(model)
+    with monkeypatch.context() as patch:
+        patch.setattr("mcsd.graphs._alike", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        for _ in range(3):
+            assert both(model, draft, max_new_tokens=12)[0].stats.interrupted
+    assert tape.captured == 1
+    tape.spoils = (tape.replayed + 1, "caches")
+    found, wanted = both(model, draft, max_new_tokens=12)
+    assert torch.equal(found.sequences, wanted.sequences)
 
 
 def test_replays_are_trusted_in_the_end(tape: Tape) -> None:
@@ -564,8 +674,17 @@ def test_results_are_alike_but_for_rounding(found: list[float], is_alike: bool) 
     same, other = torch.tensor([3, 4]), torch.tensor([3, 5])
     assert _alike((torch.tensor(found), None, same), (wanted, None, same)) is is_alike
     exact = torch.equal(torch.tensor(found).nan_to_num(), wanted.nan_to_num())
-    # what rounding may have turned cannot be compared
+    # what rounding may have turned is not compared
     assert _alike((torch.tensor(found), same), (wanted, other)) is (is_alike and not exact)
+
+
+def test_caches_are_alike_but_for_rounding_however_little_is_in_them() -> None:
+    cache = torch.zeros(1, 4, 2, 500, 16)
+    cache[:, :, :, :40] = torch.randn(1, 4, 2, 40, 16, generator=torch.Generator().manual_seed(0))
+    rounded, other = cache.bfloat16().float(), cache.clone()
+    other[:, :, :, 39] = cache[:, :, :, 38]
+    cached, *others = (one.sum((2, 4)) for one in (cache, rounded, other))
+    assert not torch.equal(others[0], cached) and [_alike(one, cached) for one in others] == [True, False]
 
 
 def test_a_step_that_waits_for_the_host_is_not_captured(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:

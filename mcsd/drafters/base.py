@@ -169,6 +169,14 @@ class Drafter(ABC):
     def begin(self, state: State) -> None:  # noqa: B027 - optional hook
         """A generation starts: the prompts are in `state`."""
 
+    def restart(self, state: State) -> None:
+        """The same generation goes on from these texts as if they were prompts: what was read is not to be relied on.
+
+        The step that was under way comes again.
+        """
+        self.end()
+        self.begin(state)
+
     def keep(self, state: State, path: torch.Tensor, length: torch.Tensor) -> None:  # noqa: B027 - optional hook
         """The target has spoken: `path` and `length` as `verify` returned them; `state` not yet advanced.
 
@@ -224,7 +232,7 @@ class Adapter(Drafter):
         self.proposal = getattr(inner, "proposal", "point")
         self.reads_hidden = bool(getattr(inner, "reads_hidden", False))
         self.reads_cache = bool(getattr(inner, "reads_cache", False))
-        for name in ("begin", "keep", "end"):
+        for name in ("begin", "restart", "keep", "end"):
             if hasattr(inner, name):
                 setattr(self, name, getattr(inner, name))
 

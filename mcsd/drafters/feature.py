@@ -167,6 +167,7 @@ class FeatureModel(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), weight, self.config.norm_eps)
 
 
+_Seen = tuple[torch.Tensor, torch.Tensor]  # keys and values
 # model -> requests and what a graph has of it -> the memory that graphs point to, between two generations
 _KEPT: WeakKeyDictionary[FeatureModel, dict[tuple[int, int], TreeCache]] = WeakKeyDictionary()
 
@@ -198,7 +199,8 @@ class FeatureDrafter(LevelDrafter):
         sampling: SamplingParams | None = None,
         stopping: Stopping | None = None,
     ) -> None:
-        super().__init__(branching or _BRANCHING, proposal, parents=parents, sampling=sampling, stopping=stopping)
+        given = _BRANCHING if branching is None else branching
+        super().__init__(given, proposal, parents=parents, sampling=sampling, stopping=stopping)
         self.model = model
         self._own_branching = branching is not None
         self._kind: tuple[int, int] | None  # if steps are captured
@@ -229,6 +231,7 @@ class FeatureDrafter(LevelDrafter):
         if state.scorer is not None and state.scorer.graphs is not None:
             self._kind = batch, fingerprint(self.model)
             self._cache = _KEPT.get(self.model, {}).pop(self._kind, self._cache)
+        self._alone_in_tree = chain_bits(1, state.device)  # held, as graphs point to it
         # a request with few new tokens is padded to the one with most
         self._cache.reset(state.capacity + LARGEST_TREE)
         # row t of `before` is the hidden state that token t is paired with
@@ -245,7 +248,7 @@ class FeatureDrafter(LevelDrafter):
         accepted = path.clamp(0, state.hidden.shape[1] - 1).long()
         self._hidden = state.hidden.gather(1, accepted[..., None].expand(-1, -1, state.hidden.shape[2]))
         self._read_up_to = [len(sequence) for sequence in state.sequences]
-        if self._kind is not None:
+        if self._kind is not None and self.alone:
             self._accepted, self._count = self._tokens.gather(1, accepted), length.long()
 
     def propose(self, state: State) -> Proposal:
@@ -261,7 +264,7 @@ class FeatureDrafter(LevelDrafter):
             return None
         self._cache.place(state.prefix, 0, 2 * len(self.parents), prefix_bucket(state.prefix.longest))
         memory = (self._cache.serial, self._cache.version)
-        return Captures(len(self.parents), (self.parents, id(self.sampling)), (memory,))
+        return Captures(len(self.parents), (self.parents, id(self.sampling), self.known), (memory,))
 
     def carried(self) -> tuple[torch.Tensor, ...]:
         """The accepted nodes' true hidden states and tokens, and how many of them there are."""
@@ -290,7 +293,6 @@ class FeatureDrafter(LevelDrafter):
 
     def _forget(self) -> None:
         self._kind, self._cache = None, TreeCache([None], 0)
-        self._keys = self._values = torch.empty(0)
         self._hidden = self._guess = self._tokens = self._accepted = self._count = torch.empty(0)
 
     def _level(self, state: State, level: int, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -300,8 +302,8 @@ class FeatureDrafter(LevelDrafter):
         else:
             tree = self._plan.tree
             first, after = tree.levels[level], tree.levels[level + 1]
-            z, query = self._write(tokens, self._guess[:, tree.above[level]], state.prefix, first, level)
-            guess = self._attend(z, query, tree.ancestors[:, first:after], state.prefix)
+            written = self._write(tokens, self._guess[:, tree.above[level]], state.prefix, first, level)
+            guess = self._attend(*written, tree.ancestors[:, first:after], state.prefix)
         self._guess = guess
         return self.model.logits(guess), guess
 
@@ -313,9 +315,9 @@ class FeatureDrafter(LevelDrafter):
         read = [min(r, len(s) - 1) for r, s in zip(self._read_up_to, state.sequences, strict=True)]
         new = [sequence[r:] for r, sequence in zip(read, state.sequences, strict=True)]
         tokens = columns(new, state.device)
-        z, query = self._write(tokens, self._hidden[:, : tokens.shape[1]], Prefix.of(read, state.device))
+        written = self._write(tokens, self._hidden[:, : tokens.shape[1]], Prefix.of(read, state.device))
         last = torch.tensor([len(tokens) - 1 for tokens in new], device=state.device) if tokens.shape[1] > 1 else None
-        return self._after(z, query, last, state)
+        return self._after(*written, last, state)
 
     def _read_on_device(self, state: State) -> torch.Tensor:
         """The same where nobody knows on the host how many there are: always as many rows."""
@@ -324,20 +326,21 @@ class FeatureDrafter(LevelDrafter):
         tokens = torch.where(at == last[:, None], state.tail[:, -1:], self._accepted.roll(-1, 1))
         # of a request that is over the count says nothing
         first = Prefix((state.prefix.lengths - last).clamp(min=0).int(), state.prefix.on_host)
-        z, query = self._write(tokens, self._hidden, first)
-        return self._after(z, query, last, state)
+        return self._after(*self._write(tokens, self._hidden, first), last, state)
 
-    def _after(self, z: torch.Tensor, query: torch.Tensor, last: torch.Tensor | None, state: State) -> torch.Tensor:
+    def _after(
+        self, z: torch.Tensor, query: torch.Tensor, seen: _Seen, last: torch.Tensor | None, state: State
+    ) -> torch.Tensor:
         """The guess after each request's last row: nothing asks for the layer's output before it."""
         if last is not None:
             each = torch.arange(len(last), device=state.device)
             z, query = z[each, last][:, None], query[each, :, last][:, :, None]
-        return self._attend(z, query, chain_bits(1, state.device), state.prefix)
+        return self._attend(z, query, seen, self._alone_in_tree, state.prefix)
 
     def _write(
         self, tokens: torch.Tensor, before: torch.Tensor, prefix: Prefix, offset: int = 0, depth: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the keys and values of pairs; returns `z` and the queries.
+    ) -> tuple[torch.Tensor, torch.Tensor, _Seen]:
+        """Store the keys and values of pairs; returns `z`, the queries, and the keys and values in use.
 
         Args:
             tokens: `[batch, rows]` int64; a missing candidate, -1, is read as 0.
@@ -355,9 +358,10 @@ class FeatureDrafter(LevelDrafter):
             self._cache.aim(prefix.lengths, offset, rows)
         else:
             self._cache.place(prefix, offset, rows)
-        self._keys, self._values = self._cache.layers[0].update(key, value)
-        return z, query
+        return z, query, self._cache.layers[0].update(key, value)
 
-    def _attend(self, z: torch.Tensor, query: torch.Tensor, ancestors: torch.Tensor, prefix: Prefix) -> torch.Tensor:
+    def _attend(
+        self, z: torch.Tensor, query: torch.Tensor, seen: _Seen, ancestors: torch.Tensor, prefix: Prefix
+    ) -> torch.Tensor:
         """`g` after inner nodes of the tree, the last of those that were written."""
-        return self.model.finish(z, tree_attention(query, self._keys, self._values, ancestors, prefix.lengths))
+        return self.model.finish(z, tree_attention(query, *seen, ancestors, prefix.lengths))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from mcsd_kernels import SamplingParams
 from mcsd_kernels import _checks as check
 from mcsd_kernels.verify import PROPOSALS
 
+from ..cache import TreeCache
 from ..graphs import fingerprint
 from ..placement import output_shape
 from ..trees import StaticTree
@@ -56,6 +58,10 @@ class Heads(Protocol):
         """
 
 
+# heads -> an empty cache that lives as long: graphs go with what they point to
+_KEPT: WeakKeyDictionary[nn.Module, TreeCache] = WeakKeyDictionary()
+
+
 class HeadsDrafter(LevelDrafter):
     """Grows a tree from heads on the target's last hidden state; there is no draft model and no cache.
 
@@ -90,7 +96,7 @@ class HeadsDrafter(LevelDrafter):
         self.heads, self.shares_rows = heads, heads.shares_rows
         self._check_depth("branching" if parents is None else "parents")
         self._hidden = self._states = torch.empty(0)
-        self._seen: Hashable = None  # which heads, as they are in this generation
+        self._seen: int | None = None  # what a graph has of the heads
 
     def with_tree(self, parents: Sequence[int], proposal: str) -> HeadsDrafter:
         """The same heads with a tree of any shape.
@@ -120,9 +126,10 @@ class HeadsDrafter(LevelDrafter):
         if not as_it_is or not isinstance(self.heads, nn.Module):
             return None
         if self._seen is None:
-            # dead heads are no others' equal
-            self._seen = weakref.ref(self.heads), fingerprint(self.heads)
-        return Captures(len(self.parents), (self._seen, self.parents, id(self.sampling)))
+            self._seen = fingerprint(self.heads)
+            cache = _KEPT.setdefault(self.heads, TreeCache([], 0))
+            self._memory = cache.serial, cache.version
+        return Captures(len(self.parents), (self._seen, self.parents, id(self.sampling)), (self._memory,))
 
     def carried(self) -> tuple[torch.Tensor, ...]:
         """The hidden state that the heads read next."""

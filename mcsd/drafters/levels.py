@@ -17,7 +17,7 @@ from mcsd_kernels import SamplingParams, draw_candidates
 
 from ..trees import StaticTree, check_branching, check_parents, parents_of
 from .base import Drafter, Proposal, State
-from .stopping import Stopping, going_on
+from .stopping import Stopping, check_hook, going_on
 
 _Some = TypeVar("_Some", bound="LevelDrafter")
 
@@ -156,13 +156,14 @@ class LevelDrafter(Drafter):
         sampling: SamplingParams | None = None,
         stopping: Stopping | None = None,
     ) -> None:
-        self.proposal, self.sampling, self.stopping = proposal, sampling, stopping
+        self.proposal, self.sampling, self.stopping = proposal, sampling, check_hook(stopping)
         self.branching = None if parents is not None else check_branching(branching)
         self.parents = parents_of(branching) if parents is None else check_parents(parents)
         self.nodes: int | None = None
         self._contexts = ExitStack()
         self._draft_ids: torch.Tensor | None = None
         self._token_of: torch.Tensor | None = None
+        self._known: int | None = None
 
     def with_tree(self: _Some, parents: Sequence[int], proposal: str) -> _Some:
         """The same drafter with a tree of any shape, see `parents`; models are shared."""
@@ -204,7 +205,7 @@ class LevelDrafter(Drafter):
     def end(self) -> None:
         """Give models their own settings back, and the memory free."""
         self._contexts.close()
-        self._plans, self._drawn_from, self._draft_ids, self._token_of = {}, None, None, None
+        self._plans, self._drawn_from, self._draft_ids, self._token_of, self._known = {}, None, None, None, None
 
     def forgetful(self: _Some) -> _Some:
         """See `Drafter`."""
@@ -214,7 +215,14 @@ class LevelDrafter(Drafter):
 
     def _knows(self, ids: torch.Tensor) -> None:
         """Say which tokens the columns of the logits are, `[columns]` int64, where they are not the target's."""
-        self._draft_ids, self._token_of = ids, F.pad(ids, (0, 1), value=-1)
+        self._draft_ids, self._token_of, self._known = ids, F.pad(ids, (0, 1), value=-1), None
+
+    @property
+    def known(self) -> int:
+        """A number for which tokens the columns are."""
+        if self._known is None and self._draft_ids is not None:
+            self._known = hash(self._draft_ids.cpu().numpy().tobytes())
+        return self._known or 0
 
     @abstractmethod
     def _level(self, state: State, level: int, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -6,7 +6,9 @@ from abc import abstractmethod
 
 import torch
 
-from ..trees import check_branching
+from mcsd_kernels import _checks as check
+
+from ..trees import LARGEST_TREE
 from .base import Drafter, Proposal, State
 
 
@@ -27,14 +29,11 @@ class LookupDrafter(Drafter):
     proposal = "point"
 
     def __init__(self, longest: int, shortest: int, depth: int, continuations: int, nodes: int) -> None:
-        if not 1 <= shortest <= longest:
-            raise ValueError(f"shortest: expected a number in [1, longest = {longest}], got {shortest}")
-        check_branching((depth,))
-        check_branching((continuations,))
-        if nodes < 2:
-            raise ValueError(f"nodes: expected at least 2, the root and a child, got {nodes}")
-        self.longest, self.shortest = longest, shortest
-        self.depth, self.continuations, self.nodes = depth, continuations, nodes
+        self.longest = check.whole("longest", longest, 1)
+        self.shortest = check.whole("shortest", shortest, 1, self.longest)
+        self.depth = check.whole("depth", depth, 1, LARGEST_TREE - 1)
+        self.continuations = check.whole("continuations", continuations, 1, LARGEST_TREE - 1)
+        self.nodes = check.whole("nodes", nodes, 2, LARGEST_TREE)  # the root and a child at least
 
     def propose(self, state: State) -> Proposal:
         """Look every request's ending up; smaller trees are padded to the largest."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +39,10 @@ class MergedDrafter(Drafter):
 
     def __init__(self, drafters: Sequence[Any]) -> None:
         if len(drafters) < 2 or not all(hasattr(drafter, "propose") for drafter in drafters):
-            raise ValueError(f"drafters: expected two or more objects with propose, got {drafters!r}")
+            names = ", ".join(type(drafter).__name__ for drafter in drafters) or "none"
+            raise ValueError(f"drafters: expected two or more objects with propose, got {names}")
+        if len({id(drafter) for drafter in drafters}) < len(drafters):
+            raise ValueError("drafters: expected each drafter once, got one twice")
         self.drafters = [drafter if isinstance(drafter, Drafter) else Adapter(drafter) for drafter in drafters]
         drawing = [index for index, drafter in enumerate(self.drafters) if drafter.proposal != "point"]
         if len(drawing) > 1:
@@ -61,6 +65,11 @@ class MergedDrafter(Drafter):
         for drafter in self.drafters:
             drafter.alone = False
             drafter.begin(state)
+
+    def restart(self, state: State) -> None:
+        """All do."""
+        for drafter in self.drafters:
+            drafter.restart(state)
 
     def propose(self, state: State) -> Proposal:
         """The first tree as it is, and of each further one what is new in it."""
@@ -97,10 +106,11 @@ class MergedDrafter(Drafter):
             drafter.keep(told, torch.where(path >= 0, number, -1).to(path.dtype), length)
 
     def end(self) -> None:
-        """All end, the last one first."""
-        for drafter in reversed(self.drafters):
-            drafter.end()
-            drafter.alone = True
+        """All end, the last one first, whatever becomes of the others."""
+        with ExitStack() as stack:
+            for drafter in self.drafters:
+                drafter.alone = True
+                stack.callback(drafter.end)
 
 
 def merge(tree: Proposal, other: Proposal, origin: int) -> tuple[Proposal, torch.Tensor]:

@@ -136,7 +136,7 @@ class ModelDrafter(LevelDrafter):
         if not as_it_is or self._scorer.graphs is None:
             return None
         self._scorer.reserve(state.prefix, len(self.parents))
-        key = self.parents, id(self.sampling), self.shared_vocab
+        key = self.parents, id(self.sampling), self.shared_vocab, self.known
         return Captures(len(self.parents), key, self._scorer.memory)
 
     @property

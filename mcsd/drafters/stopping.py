@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -94,6 +94,22 @@ def going_on(
 
     Returns:
         `[batch, nodes]` bool.
+
+    Raises:
+        ValueError: the hook answers with something else.
     """
     there = tokens >= 0
-    return there if stopping is None else there & stopping(level, logits, hidden)
+    if stopping is None:
+        return there
+    going = stopping(level, logits, hidden)
+    if not isinstance(going, torch.Tensor) or going.dtype != torch.bool:
+        got = going.dtype if isinstance(going, torch.Tensor) else type(going).__name__
+        raise ValueError(f"stopping: expected bool {list(there.shape)} back, got {got}")
+    return there & going
+
+
+def check_hook(stopping: Any) -> Any:
+    """`stopping`; raise unless it can be asked."""
+    if stopping is not None and not callable(stopping):
+        raise ValueError(f"stopping: expected a function such as EntropyStop(1.0), got {stopping!r}")
+    return stopping

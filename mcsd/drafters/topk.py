@@ -14,7 +14,7 @@ from ..checking import compiled, unwrapped
 from ..trees import LARGEST_TREE, columns
 from .base import Drafter, Proposal, State
 from .reading import read_all, scorer_of
-from .stopping import Stopping, going_on
+from .stopping import Stopping, check_hook, going_on
 
 
 class TopKDrafter(Drafter):
@@ -60,7 +60,8 @@ class TopKDrafter(Drafter):
                 f"budget: expected at most {min(on_offer, LARGEST_TREE - 1)} candidates "
                 f"(depth {depth} and beam {beam} offer {on_offer}), got {budget}"
             )
-        self.model, self._given, self.attention, self.stopping = unwrapped(model), model, attention, stopping
+        self.model, self._given, self.attention = unwrapped(model), model, attention
+        self.stopping = check_hook(stopping)
         self.depth, self.beam, self.budget = depth, beam, budget
         self._contexts = ExitStack()
 
