@@ -107,46 +107,78 @@ def with_replacement_stages(
     return stages[0], stages[1], stages[2]
 
 
-def acceptance_given(p: Floats, q: Floats | None, candidates: Sequence[int], proposal: str) -> float:
+def chosen_nodes(tree: Proposal, proposal: str) -> torch.Tensor:
+    """`[batch, nodes]` bool: nodes that were chosen, not drawn.
+
+    Args:
+        tree: what was proposed.
+        proposal: see `mcsd_kernels.verify`; all nodes of "point" were chosen.
+    """
+    if proposal == "point" or tree.point_nodes is None:
+        return torch.full_like(tree.tokens, proposal == "point", dtype=torch.bool)
+    return tree.point_nodes.expand(tree.tokens.shape)
+
+
+def acceptance_given(
+    p: Floats, q: Floats | None, candidates: Sequence[int], proposal: str, chosen: Sequence[int] = ()
+) -> float:
     """Probability that the recursive rule accepts one of a node's candidates, given which they are.
 
     Args:
         p: `[vocab]` the target's law.
-        q: the draft's; None for "point".
+        q: the draft's; None where there are no candidates, and for "point".
         candidates: in draw order; negative ones are missing.
         proposal: see `mcsd_kernels.verify`.
+        chosen: candidates that were not drawn; they are tested after the others.
     """
-    tokens = [token for token in candidates if 0 <= token < len(p)]
+    drawn = [token if 0 <= token < len(p) else -1 for token in candidates]
+    offered = {*chosen}
+    missed, rest = 1.0, p
     if proposal == "point":
-        return float(p[list(set(tokens))].sum())
-    assert q is not None
-    if proposal == "greedy":
-        if not tokens:
-            return 0.0
-        *chosen, drawn = tokens
-        chosen = [token for token in dict.fromkeys(chosen) if token != drawn]
-        outside = np.delete(np.arange(len(p)), chosen)
-        rest = q[outside].sum()
-        accepted = min(1.0, float(p[drawn] * rest / q[drawn])) if q[drawn] > 0 else 0.0
-        if accepted == 1.0 or not chosen:
-            return accepted
-        left = p[chosen].sum()
-        total = left + np.clip(p[outside] - q[outside] / max(rest, 1e-300), 0, None).sum()
-        return float(accepted + (1 - accepted) * (left / total if total > 0 else 1.0))
-    beta, mass, drawable, missed = 0.0, 1.0, 1.0, 1.0
-    for token in tokens:
+        offered.update(drawn)
+    elif drawn and q is not None:
+        if proposal == "greedy":
+            offered.update(drawn[:-1])
+            missed, rest = _after_greedy_draw(p, q, drawn)
+        else:
+            missed, rest = _after_draws(p, q, drawn, proposal == "with_replacement")
+    # each of the others is offered its share of what is left of p
+    share = rest[[token for token in offered if 0 <= token < len(p)]].sum() / rest.sum()
+    return 1 - missed * max(1 - float(share), 0.0)
+
+
+def _after_draws(p: Floats, q: Floats, drawn: Sequence[int], replacement: bool) -> tuple[float, Floats]:
+    """Probability that all drawn candidates are rejected, and what is then left of p."""
+    beta, mass, drawable, missed, rest = 0.0, 1.0, 1.0, 1.0, p
+    for token in drawn:
+        if token < 0:
+            continue
         wanted = max(float(p[token] - beta * q[token]), 0.0) * drawable
         price = float(q[token]) * mass
         if wanted >= price:
-            return 1.0
+            return 0.0, p
         missed *= 1 - wanted / price
         beta += mass / drawable
-        mass = float(np.clip(p - beta * q, 0, None).sum())
-        if proposal == "without_replacement":
+        rest = np.clip(p - beta * q, 0, None)
+        mass = float(rest.sum())
+        if not replacement:
             drawable = max(drawable - float(q[token]), 1e-300)
         if mass <= 0:
-            return 1.0
-    return 1 - missed
+            return 0.0, p
+    return missed, rest
+
+
+def _after_greedy_draw(p: Floats, q: Floats, drawn: Sequence[int]) -> tuple[float, Floats]:
+    """The same of the last one, which alone was drawn, from q without the others."""
+    *top, last = drawn
+    law = q.copy()
+    law[[token for token in top if token >= 0]] = 0.0
+    if last < 0 or law[last] <= 0:
+        return 1.0, p
+    law /= law.sum()
+    rest = np.clip(p - law, 0, None)
+    missed = max(1 - float(p[last] / law[last]), 0.0)
+    return (missed, rest) if missed > 0 and rest.any() else (0.0, p)
 
 
 def optimal_acceptance(p: Floats, q: Floats, count: int, *, replacement: bool) -> float:
@@ -251,8 +283,9 @@ class Visit:
         candidates: how many there were.
         accepted: whether the path goes on to one of them.
         expected: probability that the recursive rule accepts one, given which they are.
-        overlap: Σ min(p, q); None where candidates were not drawn from a law.
-        optimum_with: the most that any lossless rule accepts of as many draws with replacement.
+        overlap: Σ min(p, q); None where no candidate was drawn from a law.
+        optimum_with: the most that any lossless rule accepts of as many draws with replacement; None where candidates
+            were chosen, alone or beside drawn ones.
         optimum_without: the same without replacement.
     """
 
@@ -284,6 +317,7 @@ def visits_of(
     vocab = target_logits.shape[-1]
     parents = tree.parents.expand(batch, nodes).tolist()
     tokens, lengths = tree.tokens.tolist(), verified.length.tolist()
+    is_chosen = chosen_nodes(tree, proposal).tolist()
     paths, emitted = verified.path.tolist(), verified.tokens.tolist()
     found: list[list[Visit]] = []
     for request in range(batch):
@@ -299,12 +333,15 @@ def visits_of(
             if not offered or depth >= tree.depth:
                 continue
             candidates = [tokens[request][child] for child in offered]
+            chosen = [tokens[request][child] for child in offered if is_chosen[request][child]]
+            # missing ones keep their place: the last of "greedy" is the draw
+            drawn = [tokens[request][child] for child in children[node] if not is_chosen[request][child]]
             logits = target_logits[request, node][None]
             if not bool(logits.float().amax().isfinite()):
                 continue
             p: Floats = laws(logits, own)[0].cpu().numpy()
             q: Floats | None = None
-            if proposal != "point" and tree.draft_logits is not None:
+            if len(chosen) < len(offered) and tree.draft_logits is not None:  # else the row is a placeholder
                 drawn_from = draft_logits_of(tree, [request], [node], vocab)
                 q = laws(drawn_from, _of_request(tree.draft_sampling or sampling, request))[0].cpu().numpy()
             # a candidate that the target did not score is accepted as the step's last token
@@ -316,10 +353,10 @@ def visits_of(
                     depth,
                     count,
                     accepted,
-                    acceptance_given(p, q, candidates, proposal),
+                    acceptance_given(p, q, drawn, proposal, chosen),
                     None if q is None else float(np.minimum(p, q).sum()),
-                    None if q is None else optimal_acceptance(p, q, count, replacement=True),
-                    None if q is None else optimal_acceptance(p, q, count, replacement=False),
+                    None if q is None or chosen else optimal_acceptance(p, q, count, replacement=True),
+                    None if q is None or chosen else optimal_acceptance(p, q, count, replacement=False),
                 )
             )
         found.append(row)
@@ -427,7 +464,8 @@ def summarise(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         "steps", "tokens", "tokens_per_call", "mcsd_acceptance_rate", and "by_depth": for each depth the number of
-        "visits" and the means of the fields of `Visit`, None where a field has no value.
+        "visits" and the means of the fields of `Visit`, None where a field has no value. An optimum bounds "accepted":
+        its mean is None, too, where some visits have none.
     """
     rows = list(rows)
     depths: dict[int, list[dict[str, Any]]] = {}
@@ -439,7 +477,8 @@ def summarise(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
         entry: dict[str, Any] = {"depth": depth, "visits": len(visits)}
         for name in _MEANS:
             values = [float(visit[name]) for visit in visits if visit[name] is not None]
-            entry[name] = round(float(np.mean(values)), 5) if values else None
+            whole = len(values) == len(visits) or not name.startswith("optimum")
+            entry[name] = round(float(np.mean(values)), 5) if values and whole else None
         by_depth.append(entry)
     tokens, calls = sum(row["tokens"] for row in rows), len(rows)
     deepest = max((row["tree_depth"] for row in rows), default=0)

@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import linprog
 
 import mcsd
-from mcsd import ModelDrafter, diagnostics
+from mcsd import Drafter, ModelDrafter, Proposal, State, diagnostics
 from mcsd.diagnostics import (
     Recorder,
     acceptance_given,
@@ -25,9 +25,11 @@ from mcsd.diagnostics import (
     summarise,
     with_replacement_stages,
 )
+from mcsd.drafters.merged import MergedDrafter
 from mcsd_kernels import SamplingParams, draw_uniforms, verify
 from mcsd_kernels.reference import row_law
 from tests.cases import PROPOSALS, RULES
+from tests.small_law import few, sample
 from tests.tiny import perturbed, prompt, tiny
 
 Law = Any
@@ -135,6 +137,45 @@ def test_acceptance_given_the_candidates_is_what_verify_does(proposal: str) -> N
     )
     seen = float((verified.length > 1).float().mean())
     assert abs(seen - expected) < 4 * (expected * (1 - expected) / trials) ** 0.5 + 1e-9
+
+
+@pytest.mark.parametrize("chosen", [(), (5,)], ids=["alone", "beside-a-chosen-one"])
+def test_a_missing_draw_leaves_the_most_probable_tokens(chosen: tuple[int, ...]) -> None:
+    p, q = some_laws(11, 6, 1.0)
+    expected = p[[0, 2, *chosen]].sum()
+    assert acceptance_given(p, q, [0, 2, -1], "greedy", chosen) == pytest.approx(expected, abs=1e-12)
+
+
+class Chooses(Drafter):
+    """Chooses two tokens, and one after the first of them."""
+
+    def propose(self, state: State) -> Proposal:
+        rows = [[s[-1], 1, 4, 2 + len(s) % 2] for s in state.sequences]
+        return Proposal(torch.tensor(rows), torch.tensor([-1, 0, 0, 1], dtype=torch.int32), 2)
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_expected_is_how_often_candidates_are_accepted(proposal: str) -> None:
+    """3,000 requests, drawn and chosen candidates in one tree: each kind of node within four standard errors."""
+    drafter = MergedDrafter([Chooses(), ModelDrafter(perturbed(few(), 0.7), (2,), proposal)])
+    with Recorder(proposal) as recorder:
+        sample(drafter, 3000, observer=recorder.observe)
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for visit in itertools.chain.from_iterable(row["visits"] for row in recorder.rows):
+        drawn, bounded = visit["overlap"] is not None, visit["optimum_with"] is not None
+        assert (visit["optimum_without"] is not None) == bounded
+        kind = "drawn" if bounded else "mixed" if drawn else "chosen"
+        kinds.setdefault(f"{kind} at {visit['depth']}", []).append(visit)
+    # at the root nothing is added where the chosen tokens were drawn
+    wanted = {"chosen at 0", "chosen at 1"} if proposal == "point" else {"drawn at 0", "mixed at 0", "chosen at 1"}
+    assert set(kinds) == wanted
+    for kind, visits in kinds.items():
+        expected = np.array([visit["expected"] for visit in visits])
+        excess = sum(visit["accepted"] for visit in visits) - expected.sum()
+        assert len(visits) > 100 and abs(excess) < 4 * (expected * (1 - expected)).sum() ** 0.5 + 1e-9, kind
+    root = recorder.summary()["by_depth"][0]
+    assert root["optimum_with"] is None, "a bound of some visits would stand beside what all of them accepted"
+    assert (root["overlap"] is None) == (proposal == "point")
 
 
 @pytest.mark.parametrize(
