@@ -13,7 +13,7 @@ from mcsd_kernels import SamplingParams, Status, Verified
 from mcsd_kernels.reference import Law, row_law
 
 from .decode import generate
-from .diagnostics import Recorder, draft_logits_of
+from .diagnostics import Recorder, chosen_nodes, draft_logits_of
 from .drafters import Drafter, Proposal, State
 from .stats import Stats
 from .step import coins_of
@@ -176,15 +176,18 @@ class _Steps:
         children: dict[int, list[int]] = {}
         for node in list(ways)[1:]:
             children.setdefault(parents[node], []).append(node)
+        chosen = chosen_nodes(tree, self.proposal)[0].tolist()
+        drawn_from = {parents[node] for node in list(ways)[1:] if not chosen[node]}
         p_law: dict[int, Law | None] = {}
         q_law: dict[int, Law | None] = {}
         for node in {*children, path[-1]}:
             p_law[node] = _law(logits[node], state.sampling)
             q_law[node] = None
-            if tree.draft_logits is not None and node in children:
+            if tree.draft_logits is not None and node in drawn_from:
                 row = draft_logits_of(tree, [0], [node], logits.shape[-1])[0]
                 q_law[node] = _law(row, tree.draft_sampling or state.sampling)
-        tested = _tested(children, path, self.proposal, self.rule)
+        turns = {node: _turns(some, tokens, chosen, self.proposal) for node, some in children.items()}
+        tested = _tested(turns, path, self.rule)
         nodes = []
         for node, way in ways.items():
             token, parent = tokens[node], parents[node]
@@ -198,7 +201,7 @@ class _Steps:
                     token,
                     self.decode([token]) if token >= 0 else "",
                     1.0 if node == 0 else _at(p, token),
-                    None if q is None else _at(q, token),
+                    None if q is None or chosen[node] else _at(q, token),
                     coins[node],
                     verdict if token >= 0 else "missing",
                 )
@@ -211,21 +214,30 @@ class _Steps:
         return Step(state.step, nodes, path, emitted, self.decode(emitted), last, status)
 
 
-def _tested(children: dict[int, list[int]], path: list[int], proposal: str, rule: str) -> set[int]:
+def _turns(siblings: list[int], tokens: list[int], chosen: list[bool], proposal: str) -> list[int]:
+    """Siblings in the order in which they are tested: drawn ones, then each token that is offered its share of p."""
+    drawn = [node for node in siblings if not chosen[node]]
+    offered = [node for node in siblings if chosen[node]]
+    if proposal == "greedy":  # the last of them alone was drawn
+        drawn, offered = drawn[-1:], drawn[:-1] + offered
+    first: dict[int, int] = {}
+    for node in offered:  # a repeated token has no turn
+        first.setdefault(tokens[node], node)
+    return drawn + list(first.values())
+
+
+def _tested(turns: dict[int, list[int]], path: list[int], rule: str) -> set[int]:
     """The nodes that were offered to the target before the walk ended."""
 
     def subtree(node: int) -> set[int]:
         below = {node}
-        for child in children.get(node, []):
+        for child in turns.get(node, []):
             below |= subtree(child)
         return below
 
     tested: set[int] = set()
     for node, accepted in zip(path, [*path[1:], None], strict=True):
-        siblings = children.get(node, [])
-        if proposal == "greedy":  # the drawn one, the last, is tested first
-            siblings = siblings[-1:] + siblings[:-1]
-        for child in siblings:
+        for child in turns.get(node, []):
             if child == accepted:
                 break
             tested |= subtree(child) if rule == "traversal" else {child}
