@@ -391,6 +391,8 @@ def inspect(
     of the two laws, what was accepted, and the most that any lossless rule could accept of as many candidates.
     """
     _check_prompt(prompt, settings)
+    if record is not None:
+        _check_record(record, settings.profile)
     pair = _load(settings, quiet=as_json)
     from .diagnostics import Recorder
     from .inspection import inspect_steps
@@ -416,6 +418,14 @@ def inspect(
         _show_steps(recorded, recorder.summary(), trees, coins)
     if stats.interrupted:
         raise KeyboardInterrupt
+
+
+def _check_record(record: Path, profile: str | None) -> None:
+    """What can be said of a place for a recording before any model is loaded."""
+    if not record.parent.is_dir():
+        raise ValueError(f"record: expected a file in a folder that exists, {record.parent} does not")
+    if profile is not None and record.exists() and record.samefile(profile):
+        raise ValueError(f"record: expected another file than the profile's, got {record}")
 
 
 def _show_steps(recorded: list[Step], summary: dict[str, Any], trees: bool, coins: bool) -> None:

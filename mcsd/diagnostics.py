@@ -375,7 +375,7 @@ class Recorder:
 
     Args:
         proposal: how siblings are drawn.
-        path: file to write to; None: nothing is written. What is there is replaced.
+        path: file to write to; None: nothing is written. The first row replaces what is there.
         settings: stand in every line.
     """
 
@@ -384,10 +384,8 @@ class Recorder:
     ) -> None:
         self.proposal, self.settings = proposal, settings or {}
         self.rows: list[dict[str, Any]] = []
+        self._path = None if path is None else Path(path)
         self._file: IO[str] | None = None
-        if path is not None:
-            file = Path(path)
-            self._file = file.open("w", encoding="utf-8")
 
     def __enter__(self) -> Recorder:
         return self
@@ -416,7 +414,9 @@ class Recorder:
 
     def _write(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
-        if self._file is not None:
+        if self._path is not None:
+            if self._file is None:
+                self._file = self._path.open("w", encoding="utf-8")
             self._file.write(json.dumps({"mcsd_diagnostics": 1, **row, "settings": self.settings}) + "\n")
             self._file.flush()
 

@@ -29,6 +29,7 @@ from mcsd import batch, diagnostics, doctor, inspection, models, screen, setting
 from mcsd.cli import app
 from mcsd.drafters import ModelDrafter
 from mcsd.pairs import Pair
+from mcsd.profile import Profile
 from mcsd.settings import Settings
 from mcsd_kernels.verify import PROPOSALS, RULES
 
@@ -695,6 +696,29 @@ def test_inspect_records_diagnostics(pair_options: list[str], tmp_path: Path) ->
     assert len(path.read_text().splitlines()) == 5
 
 
+def test_a_refused_inspection_leaves_the_recording_alone(pair_options: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    path.write_text("an earlier recording\n")
+    refused = call("inspect", *pair_options, "--json", "--max-new-tokens", "4000", "--record", str(path), "Hello")
+    assert "max_new_tokens: expected" in failure(refused)
+    assert path.read_text() == "an earlier recording\n"
+
+
+def test_a_recording_has_a_place_of_its_own(pair_options: list[str], tmp_path: Path) -> None:
+    """Said before any model is loaded: there is no such target."""
+    options = ["inspect", *pair_options, "--json", "--target", str(tmp_path / "nowhere")]
+    path = tmp_path / "profile.json"
+    Profile((-1, 0, 0), "without_replacement").save(path)
+    saved = path.read_text()
+    (tmp_path / "same.json").symlink_to(path)
+    for record in (path, tmp_path / "same.json"):
+        result = call(*options, "--profile", str(path), "--record", str(record), "Hello")
+        assert failure(result) == f"record: expected another file than the profile's, got {record}"
+        assert path.read_text() == saved
+    result = call(*options, "--record", str(tmp_path / "missing" / "steps.jsonl"), "Hello")
+    assert failure(result) == f"record: expected a file in a folder that exists, {tmp_path / 'missing'} does not"
+
+
 # ---- the screen
 
 
@@ -877,6 +901,7 @@ def test_inspect_can_be_interrupted(pair_options: list[str], monkeypatch: pytest
     assert (result.exit_code, result.stdout) == (130, "")
     result = call("inspect", *options, "--json")
     assert result.exit_code == 130 and json.loads(result.stdout)["steps"] == []
+    assert (tmp_path / "steps.jsonl").read_text() == recorded
 
 
 @pytest.mark.parametrize(
