@@ -16,10 +16,12 @@ import torch
 import mcsd
 from mcsd import ModelDrafter
 from mcsd.adaptive import AdaptiveDrafter
+from mcsd.drafters.heads import HeadsDrafter
+from mcsd.drafters.medusa import MedusaHeads
 from mcsd.plots import plot_file
 from mcsd.profile import Ladder, Profile
 from mcsd.trees import check_parents, parents_of
-from mcsd.tune import branching_of, measure, tune
+from mcsd.tune import HAND_MADE, branching_of, measure, tune
 from mcsd.tune.measure import Contender, record_labels
 from mcsd.tune.search import (
     Costs,
@@ -244,6 +246,23 @@ def test_tune_names_mistakes() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             tune(target, **{"draft": target, "prompts": ids, **options})
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_tune_keeps_to_the_levels_of_a_drafter(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tiny()
+    draft = HeadsDrafter(MedusaHeads.of(target, heads), (1,), "point")
+    # acceptance that no tree is too deep for
+    monkeypatch.setattr("mcsd.tune.acceptance_table", lambda texts, depth: np.full((depth, 2, 2), 0.9))
+    options: dict[str, Any] = {"nodes": 8, "width": 2, "tokens": 8}
+    ids = [torch.tensor([prompt(6)])]
+    profile = tune(target, draft, ids, **options)
+    assert max(row["depth"] for row in profile.curve) == heads
+    by_hand = [tuple(row["branching"]) for row in profile.shapes if row["hand_made"]]
+    assert set(by_hand) == {branching for branching in HAND_MADE if len(branching) <= heads}
+    monkeypatch.setattr(measure, "generate", None)
+    with pytest.raises(ValueError, match=r"hand_made: expected trees that the drafter allows, got \(1, 1, 1, 1\)"):
+        tune(target, draft, ids, hand_made=[(1,), (1, 1, 1, 1)], **options)
 
 
 # ---- profiles

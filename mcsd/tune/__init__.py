@@ -18,7 +18,7 @@ from ..drafters import Drafter
 from ..placement import input_device
 from ..profile import Ladder, Profile
 from ..trees import check_branching, parents_of
-from .measure import Contender, measure_costs, race, record_labels, tree_drafter
+from .measure import Contender, measure_costs, race, record_labels, takes_tree, tree_drafter
 from .search import (
     Costs,
     Floats,
@@ -66,7 +66,7 @@ def tune(
     tokens: int = 64,
     measured_prompts: int | None = None,
     proposals: Sequence[str] | None = None,
-    hand_made: Sequence[Sequence[int]] = HAND_MADE,
+    hand_made: Sequence[Sequence[int]] | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -88,13 +88,13 @@ def tune(
         draft: a smaller model with the same vocabulary, or a drafter that takes any tree (`with_tree`).
         prompts: `[1, length]` int64 each, on the target's device.
         nodes: of the largest tree considered.
-        depth: of the deepest.
+        depth: of the deepest; at most what the drafter allows.
         width: most children of a node.
         tokens: written after each prompt, when recording and when measuring.
         measured_prompts: how many of the prompts the trees are measured on; None: all.
         proposals: those considered; None: all four, at temperature 0 "point" alone, where a sampled draft has a single
             candidate.
-        hand_made: branching of trees to measure besides.
+        hand_made: branching of trees to measure besides; None: those of `HAND_MADE` that the drafter allows.
         temperature, top_k, top_p, min_p: numbers, see `mcsd_kernels.SamplingParams`; what is best depends on them.
         seed: of the texts.
         attention: as for `mcsd.generate`.
@@ -118,7 +118,8 @@ def tune(
     proposals = known if proposals is None else tuple(proposals)
     if not proposals or not set(proposals) <= set(known):
         raise ValueError(f"proposals: expected some of {', '.join(known)} at this temperature, got {proposals}")
-    shapes = [parents_of(check_branching(branching)) for branching in hand_made]
+    shapes = _hand_made(draft, hand_made, proposals[0])
+    depth = next(levels for levels in range(depth, 0, -1) if takes_tree(draft, range(-1, levels), proposals[0]))
     sampling = SamplingParams(temperature, top_k, top_p, min_p)
     said = report or (lambda what, done, of: None)
 
@@ -171,6 +172,29 @@ def tune(
         shapes=[_row(contender, labels, costs, shapes) for contender in raced],
         ladder=_ladder(guesses, acceptance, costs, len(best.parents), nodes),
     )
+
+
+def _hand_made(
+    draft: PreTrainedModel | Drafter, hand_made: Sequence[Sequence[int]] | None, proposal: str
+) -> list[tuple[int, ...]]:
+    """Parents of the trees made by hand.
+
+    Raises:
+        ValueError: one that was asked for is no tree, or the drafter does not allow it.
+    """
+    if hand_made is None:
+        shapes = [parents_of(branching) for branching in HAND_MADE]
+        return [parents for parents in shapes if takes_tree(draft, parents, proposal)]
+    shapes = []
+    for branching in hand_made:
+        shapes.append(parents_of(check_branching(branching)))
+        try:
+            tree_drafter(draft, shapes[-1], proposal)
+        except ValueError as error:
+            raise ValueError(
+                f"hand_made: expected trees that the drafter allows, got {tuple(branching)} ({error})"
+            ) from None
+    return shapes
 
 
 def _search(

@@ -182,7 +182,7 @@ def measure_costs(
     """Time a step's phases by the size of its tree: medians over steps of the loop itself, warmed up.
 
     A tree of w children with one child each has 2 w + 1 nodes for the target and, for the draft, a level of one node
-    and one of w.
+    and one of w. A draft that allows a single level has 2 w children in their place.
 
     Args:
         target: the model.
@@ -198,7 +198,8 @@ def measure_costs(
     widths = [1]
     while 2 * widths[-1] + 1 < nodes:
         widths.append(2 * widths[-1])
-    shapes = [(-1, 0), *(parents_of((width, 1)) for width in widths)]
+    deep = takes_tree(draft, parents_of((1, 1)), proposal)
+    shapes = [(-1, 0), *(parents_of((width, 1) if deep else (2 * width,)) for width in widths)]
     phases: dict[tuple[int, ...], list[dict[str, float]]] = {shape: [] for shape in shapes}
     for _ in range(2):  # in turn, so that a slow moment of the machine does not hit one size alone
         for shape in shapes:
@@ -234,10 +235,10 @@ def measure_costs(
         return statistics.median(sum(step.get(name, 0.0) for name in names) for step in phases[shape])
 
     root = median(shapes[0], "draft")
+    wide = zip(widths[1:], shapes[2:], strict=True) if deep else ()
     return Costs(
         {len(shape): median(shape, "score") for shape in shapes},
-        {1: root}
-        | {w: max(median(shape, "draft") - root, 0.0) for w, shape in zip(widths[1:], shapes[2:], strict=True)},
+        {1: root} | {w: max(median(shape, "draft") - root, 0.0) for w, shape in wide},
         {len(shape): median(shape, "verify", "keep", "other") for shape in shapes},
     )
 
@@ -254,6 +255,15 @@ def tree_drafter(draft: Any, parents: Sequence[int], proposal: str, attention: s
         raise ValueError(f"draft: expected a model, whose trees can be chosen, got {type(draft).__name__}")
     found: Drafter = draft.with_tree(parents, proposal)
     return found
+
+
+def takes_tree(draft: Any, parents: Sequence[int], proposal: str) -> bool:
+    """Whether the draft can have this tree."""
+    try:
+        tree_drafter(draft, parents, proposal)
+    except ValueError:
+        return False
+    return True
 
 
 def _wait(device: torch.device) -> None:
