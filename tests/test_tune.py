@@ -37,7 +37,7 @@ from mcsd.tune.search import (
 from mcsd_kernels import SamplingParams
 from tests.cases import PROPOSALS
 from tests.small_law import START, P, few, p_of, sample
-from tests.tiny import perturbed, prompt, tiny
+from tests.tiny import VOCAB, perturbed, prompt, tiny
 
 IRREGULAR = (-1, 0, 0, 0, 1, 1, 2, 4, 4)
 
@@ -235,7 +235,8 @@ def test_tune_end_to_end(temperature: float, tmp_path: Path) -> None:
     )
 
 
-def test_tune_names_mistakes() -> None:
+def test_tune_names_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "generate", None)  # before any work
     target = tiny()
     ids = [torch.tensor([prompt(4)])]
     for options, message in (
@@ -243,9 +244,23 @@ def test_tune_names_mistakes() -> None:
         ({"proposals": ["greedy"], "temperature": 0.0}, "proposals: expected some of point"),
         ({"draft": "ngram"}, "draft: expected a model, whose trees can be chosen"),
         ({"prompts": []}, "prompts: expected at least one"),
+        ({"prompts": ids[0]}, r"prompts\[0\]: expected shape \[1, any\], got \[4\]"),
+        ({"prompts": [*ids, ids[0].float()]}, r"prompts\[1\]: expected dtype int32 or int64, got float32"),
+        ({"prompts": [ids[0][:, :0]]}, r"prompts\[0\]: expected at least one token"),
+        ({"prompts": [torch.tensor([prompt(250)])]}, r"prompts\[0\]: expected at most 192 tokens, .* got 250"),
+        ({"measured_prompts": 0}, "measured_prompts: expected a whole number >= 1, got 0"),
+        ({"width": VOCAB + 1}, rf"width: expected a whole number in \[1, {VOCAB}\], got {VOCAB + 1}"),
+        ({"target": tiny(vocab_size=200), "width": 130}, r"width: expected a whole number in \[1, 128\], got 130"),
+        ({"target": tiny(max_position_embeddings=18), "tokens": 8}, "target: expected at least 19 positions"),
     ):
         with pytest.raises(ValueError, match=message):
-            tune(target, **{"draft": target, "prompts": ids, **options})
+            tune(**{"target": target, "draft": target, "prompts": ids, **options})
+
+
+def test_tune_fits_a_target_of_few_positions_and_the_widest_nodes() -> None:
+    target = tiny("gpt2", n_positions=32, vocab_size=130)
+    profile = tune(target, target, [torch.tensor([prompt(6)])], nodes=3, depth=1, width=128, tokens=8, hand_made=[])
+    assert len(profile.acceptance["point"][0]) == 128
 
 
 @pytest.mark.parametrize("heads", [1, 3])

@@ -15,11 +15,21 @@ from mcsd_kernels import _checks as check
 from mcsd_kernels.verify import PROPOSALS
 
 from ..drafters import Drafter
-from ..placement import input_device
+from ..placement import input_device, input_vocab
 from ..profile import Ladder, Profile
 from ..trees import check_branching, parents_of
-from .measure import Contender, measure_costs, race, record_labels, takes_tree, tree_drafter
+from .measure import (
+    Contender,
+    context_length,
+    measure_costs,
+    positions_of,
+    race,
+    record_labels,
+    takes_tree,
+    tree_drafter,
+)
 from .search import (
+    WIDEST,
     Costs,
     Floats,
     Labels,
@@ -89,7 +99,7 @@ def tune(
         prompts: `[1, length]` int64 each, on the target's device.
         nodes: of the largest tree considered.
         depth: of the deepest; at most what the drafter allows.
-        width: most children of a node.
+        width: most children of a node, at most 128 and the vocabulary.
         tokens: written after each prompt, when recording and when measuring.
         measured_prompts: how many of the prompts the trees are measured on; None: all.
         proposals: those considered; None: all four, at temperature 0 "point" alone, where a sampled draft has a single
@@ -109,11 +119,14 @@ def tune(
 
     Source: Chen et al., "Sequoia", arXiv 2402.12374 (search by dynamic programming, with the hardware's costs).
     """
-    for name, value, least in (("nodes", nodes, 2), ("depth", depth, 1), ("width", width, 1), ("tokens", tokens, 8)):
+    for name, value, least in (("nodes", nodes, 2), ("depth", depth, 1), ("tokens", tokens, 8)):
         check.whole(name, value, least)
+    check.whole("width", width, 1, min(WIDEST, input_vocab(target)))
+    if measured_prompts is not None:
+        check.whole("measured_prompts", measured_prompts, 1)
     tree_drafter(draft, (-1, 0), proposals[0] if proposals else "point")  # refuses what has no choice of trees
-    if not prompts:
-        raise ValueError("prompts: expected at least one")
+    prompts = list(prompts)
+    _check_prompts(target, prompts, tokens)
     known = PROPOSALS if temperature > 0 else ("point",)
     proposals = known if proposals is None else tuple(proposals)
     if not proposals or not set(proposals) <= set(known):
@@ -172,6 +185,28 @@ def tune(
         shapes=[_row(contender, labels, costs, shapes) for contender in raced],
         ladder=_ladder(guesses, acceptance, costs, len(best.parents), nodes),
     )
+
+
+def _check_prompts(target: PreTrainedModel, prompts: list[torch.Tensor], tokens: int) -> None:
+    """Refuse prompts that the target cannot read, or not write on for so many tokens.
+
+    Raises:
+        ValueError: what is wrong with them.
+    """
+    if not prompts:
+        raise ValueError("prompts: expected at least one")
+    positions = positions_of(target)
+    for number, prompt in enumerate(prompts):
+        check.tensor(f"prompts[{number}]", prompt, (1, None), check.INTEGERS)
+        length = prompt.shape[1]
+        if length == 0:
+            raise ValueError(f"prompts[{number}]: expected at least one token, got none")
+        if positions and length + tokens > positions:
+            raise ValueError(
+                f"prompts[{number}]: expected at most {max(positions - tokens, 0)} tokens, which with {tokens} new "
+                f"ones fit the target's {positions} positions, got {length}"
+            )
+    context_length(target)  # refuses a target without room for it
 
 
 def _hand_made(

@@ -18,17 +18,20 @@ from ..checking import unwrapped
 from ..decode import generate
 from ..diagnostics import draft_logits_of, laws, with_replacement_stages
 from ..drafters import Drafter, ModelDrafter, Proposal, State
-from ..placement import input_device
+from ..placement import input_device, text_limit
 from ..plain import plain_decoding
 from ..stats import Stats, device_time
 from ..trees import columns, parents_of
 from .search import Costs, Labels
 
 CONTEXT = 96
-"""Tokens before the trees whose steps are timed."""
+"""Tokens before the trees whose steps are timed; fewer where the target has no positions for them."""
 
 WARM_UP = 2
 """Steps of a generation that are not timed."""
+
+REPEATS = 8
+"""Steps of each size that are timed."""
 
 
 def record_labels(
@@ -176,7 +179,7 @@ def measure_costs(
     *,
     nodes: int,
     sampling: SamplingParams,
-    repeats: int = 8,
+    repeats: int = REPEATS,
     attention: str = "auto",
 ) -> Costs:
     """Time a step's phases by the size of its tree: medians over steps of the loop itself, warmed up.
@@ -193,7 +196,8 @@ def measure_costs(
         repeats: steps of each size.
         attention: as for `mcsd.generate`.
     """
-    context = prompt.repeat(1, -(-CONTEXT // prompt.shape[1]))[:, :CONTEXT]
+    length = context_length(target, repeats)
+    context = prompt.repeat(1, -(-length // prompt.shape[1]))[:, :length]
     proposal = "point" if sampling.temperature == 0 else "without_replacement"
     widths = [1]
     while 2 * widths[-1] + 1 < nodes:
@@ -222,7 +226,7 @@ def measure_costs(
                     target,
                     tree_drafter(draft, shape, proposal, attention),
                     context,
-                    max_new_tokens=3 * (WARM_UP + repeats // 2),
+                    max_new_tokens=_timed_tokens(repeats),
                     stopping_criteria=enough,
                     callback=note,
                     attention=attention,
@@ -241,6 +245,31 @@ def measure_costs(
         {1: root} | {w: max(median(shape, "draft") - root, 0.0) for w, shape in wide},
         {len(shape): median(shape, "verify", "keep", "other") for shape in shapes},
     )
+
+
+def context_length(target: PreTrainedModel, repeats: int = REPEATS) -> int:
+    """Tokens of the context in which steps are timed.
+
+    Args:
+        target: the model.
+        repeats: see `measure_costs`.
+
+    Raises:
+        ValueError: the target has too few positions for any.
+    """
+    positions, new = positions_of(target), _timed_tokens(repeats)
+    if positions and positions <= new:
+        raise ValueError(f"target: expected at least {new + 1} positions to time steps in, got {positions}")
+    return min(CONTEXT, positions - new) if positions else CONTEXT
+
+
+def _timed_tokens(repeats: int) -> int:
+    return 3 * (WARM_UP + repeats // 2)
+
+
+def positions_of(target: PreTrainedModel) -> int:
+    """How many positions a text of the target may take; 0: no limit is known."""
+    return text_limit(unwrapped(target).config.get_text_config(decoder=True))
 
 
 def tree_drafter(draft: Any, parents: Sequence[int], proposal: str, attention: str = "auto") -> Drafter:

@@ -16,6 +16,10 @@ SHRINK = 20.0
 """Visits that the acceptance over all depths counts as, beside those of one depth."""
 
 
+WIDEST = 128
+"""Siblings whose ranks `Labels` can hold."""
+
+
 @dataclass(frozen=True)
 class Costs:
     """Seconds of a step's parts, measured.
