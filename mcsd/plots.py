@@ -37,12 +37,14 @@ def check_picture(path: str | PathLike[str]) -> Path:
     """The path of a picture that can be drawn here.
 
     Raises:
-        ValueError: its ending is that of no known format.
+        ValueError: its ending is that of no known format, or its folder does not exist.
         ImportError: matplotlib is not installed.
     """
     picture = Path(path)
     if picture.suffix.lower() not in FORMATS:
         raise ValueError(f"picture: expected a name that ends in {', '.join(FORMATS)}, got {picture}")
+    if not picture.parent.is_dir():
+        raise ValueError(f"picture: expected a file in a folder that exists, {picture.parent} does not")
     _pyplot()
     return picture
 
@@ -64,15 +66,15 @@ def plot_file(source: str | PathLike[str], picture: str | PathLike[str]) -> Path
         picture: where to draw; the ending says the format.
 
     Raises:
-        ValueError: the file holds neither, or the ending is unknown.
+        ValueError: the file holds neither, or nothing can be drawn there.
         ImportError: matplotlib is not installed.
     """
-    path = check_picture(picture)
     try:
         with Path(source).open(encoding="utf-8") as lines:
             first = lines.readline()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"plot: cannot read {source}: {error}") from None
+    path = check_picture(picture)
     try:
         row = json.loads(first)
         recorded = isinstance(row, dict) and "mcsd_diagnostics" in row

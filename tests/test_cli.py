@@ -648,6 +648,7 @@ def test_tune_writes_a_profile_that_generate_uses(pair_options: list[str], tmp_p
         ("tune", ["--branching", "2"], "profile, branching: expected neither"),
         ("tune", ["--draft", "ngram"], "draft: expected a model, whose trees can be chosen"),
         ("tune", ["--picture", "curve.bmp"], "picture: expected a name that ends in"),
+        ("tune", ["--picture", "nowhere/curve.svg"], "picture: expected a file in a folder that exists"),
         ("tune", ["--output", "nowhere/p.json"], "output: expected a file in a folder that exists"),
         ("tune", ["--output", "p.svg", "--picture", "p.svg"], "output: expected another file than the picture's"),
         ("tune", ["--output", str(ROOT / "README.md"), "--prompt-file", str(ROOT / "README.md")], "than the prompts'"),

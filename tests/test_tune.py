@@ -485,6 +485,8 @@ def test_pictures_name_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     some_profile().save(source)
     with pytest.raises(ValueError, match="expected a name that ends in"):
         plot_file(source, tmp_path / "picture.bmp")
+    with pytest.raises(ValueError, match="picture: expected a file in a folder that exists"):
+        plot_file(source, tmp_path / "nowhere" / "picture.svg")
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(ImportError, match="pip install 'mcsd\\[plots\\]'"):
         plot_file(source, tmp_path / "picture.svg")
