@@ -21,7 +21,7 @@ from mcsd.distill.files import same_settings
 from mcsd.distill.product import quantise, save_product
 from mcsd.distill.prompts import user_turn
 from mcsd.distill.students import FeatureStudent, new_feature_student, new_layers_student
-from mcsd.distill.text import Prompter, Sample, read_text, write_text
+from mcsd.distill.text import Prompter, Sample, check_longest, read_text, write_text
 from mcsd.distill.training import CHECKPOINT, DRAFT_IDS, Settings, Texts, Trainer, choose_ids, load_weights, overlap_on
 from mcsd.draft_model import SubVocabularyDraft, dequantise, load_draft
 from mcsd.drafters.feature import FeatureDrafter
@@ -34,7 +34,7 @@ SETTINGS = Settings(steps=12, batch_tokens=300, levels=3, every=5, frequent=40, 
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A target on disk and some of its text."""
     path = tmp_path_factory.mktemp("distill")
-    save_model(path / "target", 0, vocab=257)
+    save_model(path / "target", 0, vocab=257, positions=1024)
     target, tokenizer = load_target(str(path / "target"), dtype="float32")
     write_text(target, Prompter(tokenizer, 257), path / "text", tokens=2500, batch=12, longest=40, user_longest=10)
     return path
@@ -54,8 +54,8 @@ def trainer(
     return Trainer(student, target.get_output_embeddings().weight.detach(), texts, settings, run)
 
 
-def samples(folder: Path) -> list[Sample]:
-    return [sample for path in sorted((folder / "text").iterdir()) for sample in read_text(path)]
+def samples(folder: Path, text: str = "text") -> list[Sample]:
+    return [sample for path in sorted((folder / text).iterdir()) for sample in read_text(path)]
 
 
 def test_stored_states_are_those_of_a_plain_forward(folder: Path, target: torch.nn.Module) -> None:
@@ -305,6 +305,41 @@ class TestRefusals:
             Settings(steps=0)
         with pytest.raises(ValueError, match="overlap"):
             Settings(overlap=1.5)
+        for rate in (-1.0, 0.0, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=r"^learning_rate: expected a finite number > 0"):
+                Settings(learning_rate=rate)
+        with pytest.raises(ValueError, match="head_learning_rate: expected a finite number >= 0"):
+            Settings(head_learning_rate=-1.0)
+
+    def test_a_device_that_is_not_there(self, folder: Path, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="device: expected one that this machine has, got 'foo'"):
+            distill(output=tmp_path / "run", target=str(folder / "target"), device="foo")
+
+    @pytest.mark.parametrize("requests", [["a line", "another line"], None], ids=["requests", "templates"])
+    def test_texts_longer_than_the_positions(self, folder: Path, tmp_path: Path, requests: list[str] | None) -> None:
+        run, prompts = tmp_path / "run", tmp_path / "prompts.txt"
+        prompts.write_text("\n".join(requests or []))
+        options = {"output": run, "target": str(folder / "target"), "stage": Stage.text, "tokens": 1, "text_batch": 2}
+        with pytest.raises(ValueError, match=r"longest: expected at most .* target's 1024 positions, got 1024"):
+            distill(**options, longest=1024, prompts=prompts if requests else None)
+        assert not run.exists()
+        if requests:
+            target, tokenizer = load_target(str(folder / "target"))
+            check_longest(target, Prompter(tokenizer, 257, requests=requests), 1024 - len("<another line>:"))
+
+    def test_a_text_ends_with_the_positions(self, tmp_path: Path) -> None:
+        target = tiny.tiny("gpt2", n_positions=24)
+        with pytest.raises(ValueError, match=r"longest: expected at most 23, .* got 24"):
+            write_text(target, Prompter(None, tiny.VOCAB), tmp_path, tokens=10, longest=24)
+
+        class Longer(Prompter):
+            """Starts with more tokens than were looked at."""
+
+            def stream(self, seed: int):  # type: ignore[no-untyped-def]
+                return replace(super().stream(seed), tokens=[1] * 5, written=5)
+
+        write_text(target, Longer(None, tiny.VOCAB), tmp_path, tokens=10, batch=1, longest=23)
+        assert [len(sample.tokens) for sample in samples(tmp_path, "")] == [24]
 
     def test_other_settings_in_one_folder(self, tmp_path: Path) -> None:
         same_settings(tmp_path, "a.json", {"batch": 4})

@@ -25,12 +25,15 @@ def save_tokenizer(folder: Path, *, swapped: bool = False, template: str | None 
     return tokenizer
 
 
-def save_model(folder: Path, seed: int, *, layers: int = 2, eos: int | None = None, vocab: int = 257) -> Path:
+def save_model(
+    folder: Path, seed: int, *, layers: int = 2, eos: int | None = None, vocab: int = 257, positions: int = 256
+) -> Path:
     """A random Llama, with logits far from uniform, beside the tokenizer."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=None, eos_token_id=eos, pad_token_id=None,
+        num_key_value_heads=2, max_position_embeddings=positions, bos_token_id=None, eos_token_id=eos,
+        pad_token_id=None,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     with torch.no_grad():

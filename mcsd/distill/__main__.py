@@ -18,10 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..batch import read_prompts
 from ..bundled import DEFAULT_TARGET
 from ..models import load_target
+from ..pairs import resolve_device
 from .files import read_json, same_settings, write_whole
 from .product import save_product
 from .students import FeatureStudent, LayersStudent, new_feature_student, new_layers_student
-from .text import Prompter, write_text
+from .text import Prompter, check_longest, write_text
 from .training import DRAFT_IDS, Settings, Texts, Trainer, choose_ids, load_weights, overlap_on
 
 _DEFAULTS = Settings()
@@ -106,15 +107,28 @@ def distill(
         every=every,
     )
     requests = [prompt.text for prompt in read_prompts(prompts)] if prompts is not None else []
-    model, tokenizer = load_target(target, dtype=dtype, device=device)
+    place = resolve_device(device)
+    model, tokenizer = load_target(target, dtype=dtype, device=place)
     text = output / "text"
     if stage in (Stage.all, Stage.text):
+        prompter = _prompter(model, tokenizer, requests)
+        check_longest(model, prompter, longest)
         same_settings(
             text,
             "settings.json",
             {"target": target, "batch": text_batch, "longest": longest, "prompts": str(prompts), "seed": seed},
         )
-        _write(model, tokenizer, text, requests, tokens, text_batch, longest, seed)
+        with tqdm(total=tokens, unit="tok", desc="text") as bar:
+            write_text(
+                model,
+                prompter,
+                text,
+                tokens=tokens,
+                batch=text_batch,
+                longest=longest,
+                seed=seed,
+                progress=bar.update,
+            )
     if stage is Stage.text:
         return
     texts = Texts(text)
@@ -135,7 +149,7 @@ def distill(
     )
     head = model.get_output_embeddings().weight.detach().float()
     ids = _kept(output / DRAFT_IDS, lambda: choose_ids(texts, draft_vocab, head, draft_tokens.value).tolist())
-    draft_ids = torch.tensor(ids, device=device)
+    draft_ids = torch.tensor(ids, device=place)
     student: FeatureStudent | LayersStudent
     if kind is Kind.feature:
         student = new_feature_student(model, draft_ids, texts.train, intermediate=intermediate, seed=seed)
@@ -168,21 +182,10 @@ def distill(
     print(json.dumps({"drafter": str(path.parent), "bytes": path.stat().st_size, **about}))
 
 
-def _write(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    requests: list[str],
-    tokens: int,
-    batch: int,
-    longest: int,
-    seed: int,
-) -> None:
+def _prompter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: list[str]) -> Prompter:
     eos = model.generation_config.eos_token_id
     ends = [eos] if isinstance(eos, int) else list(eos or [])
-    prompter = Prompter(tokenizer, model.get_input_embeddings().weight.shape[0], ends, requests)
-    with tqdm(total=tokens, unit="tok", desc="text") as bar:
-        write_text(model, prompter, folder, tokens=tokens, batch=batch, longest=longest, seed=seed, progress=bar.update)
+    return Prompter(tokenizer, model.get_input_embeddings().weight.shape[0], ends, requests)
 
 
 def _kept(path: Path, make: Callable[[], list[int]]) -> list[int]:

@@ -6,6 +6,7 @@ import inspect
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..hidden import HiddenStates, why_not
+from ..placement import text_limit
 from .files import write_whole
 from .prompts import user_turn
 
 SHARD = "text-{:05d}.safetensors"
+_TURNS = 1000  # of the templates, which say how long a start is
 _MARK = "\u2063user\u2063"
 
 
@@ -89,6 +92,14 @@ class Prompter:
         tokens = self._encode(self._render(text))
         return Stream(tokens, len(tokens), zlib.crc32(text.encode()), temperature, self.eos | {self.tail[0]})
 
+    @cached_property
+    def longest_start(self) -> int:
+        """Tokens of the longest start of a stream; of the templates' turns some are looked at."""
+        if not self.chat:
+            return 1
+        texts = self.requests or [user_turn(seed) for seed in range(_TURNS)]
+        return max(len(self._encode(self._render(text))) for text in texts)
+
     def _render(self, text: str) -> str:
         assert self.tokenizer is not None
         rendered: str = self.tokenizer.apply_chat_template(
@@ -100,6 +111,20 @@ class Prompter:
         assert self.tokenizer is not None
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return ids
+
+
+def check_longest(target: PreTrainedModel, prompter: Prompter, longest: int) -> None:
+    """Refuse texts that are longer than the target's positions.
+
+    Raises:
+        ValueError: a start with `longest` tokens behind it does not fit.
+    """
+    positions, start = _positions(target), prompter.longest_start
+    if positions and start + longest > positions:
+        raise ValueError(
+            f"longest: expected at most {max(positions - start, 0)}, which behind a start of {start} tokens fit the "
+            f"target's {positions} positions, got {longest}"
+        )
 
 
 def write_text(
@@ -124,7 +149,7 @@ def write_text(
         folder: of the files.
         tokens: stop when at least so many positions are stored.
         batch: streams that are written together; those that end early are dropped from the batch.
-        longest: tokens that a stream is written on for.
+        longest: tokens that a stream is written on for, see `check_longest`; fewer where positions end.
         user_longest: of a user's turn.
         seed: of the random numbers and of the streams.
         progress: called with the number of positions of each file.
@@ -133,11 +158,13 @@ def write_text(
         The number of positions stored.
 
     Raises:
-        ValueError: the target's hidden states cannot be read, or its logits are no linear map of them.
+        ValueError: the target's hidden states cannot be read, its logits are no linear map of them, or `longest` does
+            not fit its positions.
     """
     if reason := why_not(target):
         raise ValueError(f"target: {reason}")
     _check_linear(target)
+    check_longest(target, prompter, longest)
     folder.mkdir(parents=True, exist_ok=True)
     count = number = 0
     while count < tokens:
@@ -168,7 +195,7 @@ def _write(
     ids = torch.tensor([[0] * (width - len(s.tokens)) + s.tokens for s in streams], device=device)
     pad = torch.tensor([width - len(s.tokens) for s in streams], device=device)
     cache = DynamicCache(config=target.config)
-    limit = width + longest
+    limit = min(width + longest, _positions(target) or width + longest)
     active, done = list(streams), list[Stream]()
     rows = torch.arange(len(streams), device=device)
     with HiddenStates(target) as states:
@@ -246,6 +273,11 @@ def _logits(target: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """`[rows, vocab]` f32."""
     head = target.get_output_embeddings()
     return torch.nn.functional.linear(hidden, head.weight).float()
+
+
+def _positions(target: PreTrainedModel) -> int:
+    """How many positions a text may take; 0: no limit is known."""
+    return text_limit(target.config.get_text_config(decoder=True))
 
 
 def _takes_positions(target: PreTrainedModel) -> bool:

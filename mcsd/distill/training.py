@@ -61,6 +61,10 @@ class Settings:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not 0 <= self.overlap <= 1:
             raise ValueError(f"overlap: expected a share in [0, 1], got {self.overlap}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate: expected a finite number > 0, got {self.learning_rate}")
+        if not 0 <= self.head_learning_rate < math.inf:
+            raise ValueError(f"head_learning_rate: expected a finite number >= 0, got {self.head_learning_rate}")
 
 
 class Texts:
