@@ -350,6 +350,29 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"b\.json: damaged"):
             same_settings(tmp_path, "b.json", {"batch": 4})
 
+    def test_texts_of_another_dtype_or_of_other_prompts(self, folder: Path, tmp_path: Path) -> None:
+        prompts, recorded = tmp_path / "prompts.txt", tmp_path / "text" / "settings.json"
+        prompts.write_text("a line")
+        options = {
+            "output": tmp_path,
+            "target": str(folder / "target"),
+            "stage": Stage.text,
+            "prompts": prompts,
+            "tokens": 1,
+            "text_batch": 2,
+            "longest": 4,
+        }
+        distill(**options)
+        before = json.loads(recorded.read_text())
+        recorded.write_text(json.dumps({key: before[key] for key in before.keys() - {"dtype", "prompts_sha256"}}))
+        distill(**options)  # a folder from before they were recorded
+        assert json.loads(recorded.read_text()) == before
+        with pytest.raises(ValueError, match="made with dtype = 'float32', now it is 'bfloat16'"):
+            distill(**options, dtype="bfloat16")
+        prompts.write_text("another line")
+        with pytest.raises(ValueError, match="made with prompts_sha256 = "):
+            distill(**options)
+
     def test_on_the_command_line(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

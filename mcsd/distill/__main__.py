@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -116,7 +117,16 @@ def distill(
         same_settings(
             text,
             "settings.json",
-            {"target": target, "batch": text_batch, "longest": longest, "prompts": str(prompts), "seed": seed},
+            {
+                "target": target,
+                "batch": text_batch,
+                "longest": longest,
+                "prompts": str(prompts),
+                "prompts_sha256": hashlib.sha256(json.dumps(requests).encode()).hexdigest(),
+                "seed": seed,
+                "dtype": str(model.dtype).removeprefix("torch."),
+            },
+            later=("prompts_sha256", "dtype"),
         )
         with tqdm(total=tokens, unit="tok", desc="text") as bar:
             write_text(

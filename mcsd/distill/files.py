@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,14 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: damaged ({error}); delete it, and it is made again") from None
 
 
-def same_settings(folder: Path, name: str, settings: dict[str, Any]) -> None:
+def same_settings(folder: Path, name: str, settings: dict[str, Any], later: Collection[str] = ()) -> None:
     """Record what a folder was made with, or compare with what is recorded.
 
     Args:
         folder: made if it is not there.
         name: of the JSON file in it.
         settings: plain values.
+        later: those that older files do not have, which get them.
 
     Raises:
         ValueError: the folder was made with other settings, or the file is damaged.
@@ -48,12 +49,15 @@ def same_settings(folder: Path, name: str, settings: dict[str, Any]) -> None:
         write_whole(path, lambda partial: _write_json(partial, settings))
         return
     recorded = read_json(path)
-    for key in sorted(settings.keys() | recorded.keys()):
-        if settings.get(key) != recorded.get(key):
+    known = {key: settings[key] for key in later} | recorded
+    for key in sorted(settings.keys() | known.keys()):
+        if settings.get(key) != known.get(key):
             raise ValueError(
-                f"{path}: made with {key} = {recorded.get(key)!r}, now it is {settings.get(key)!r}; "
+                f"{path}: made with {key} = {known.get(key)!r}, now it is {settings.get(key)!r}; "
                 "choose another --output, or the same settings to continue"
             )
+    if known != recorded:
+        write_whole(path, lambda partial: _write_json(partial, settings))
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
