@@ -115,11 +115,11 @@ def generate(
         streamer: gets the prompt and then every token, as transformers' `generate` does; batch 1 only.
         attention: "tree" (our attention in the model), "dense" (4-D masks), or "auto".
         graphs: capture what a step does as CUDA graphs when its shapes first come, and replay them; graphs and caches
-            then stay with the models, those of one batch size. A step is one graph where the drafter allows it (`Drafter.captures`: a draft
-            model does) and nothing needs the host (logits processors do), else each forward over a tree is one. A
-            number among the sampling parameters belongs to what is captured, a tensor does not. A graph's first two
-            replays are compared with the same step run as always. Where nothing can be captured, or a replay is wrong,
-            all runs as always and a line says why. None: on CUDA.
+            then stay with the models, those of one batch size. A step is one graph where the drafter allows it
+            (`Drafter.captures`: models, heads and early exits do) and nothing needs the host (logits processors do),
+            else each forward over a tree is one. A number among the sampling parameters belongs to what is captured, a
+            tensor does not. A graph's first two replays are compared with the same step run as always. Where nothing
+            can be captured, or a replay is wrong, all runs as always and a line says why. None: on CUDA.
         progress: show a progress bar on stderr.
         callback: called with the running `Stats` after every step. Inside a generation nobody else can run its models,
             callbacks, observers and logits processors included; other generations can, nested and in other threads.
