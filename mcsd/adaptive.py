@@ -105,22 +105,19 @@ class AdaptiveDrafter(Drafter):
         self._accepted, self._expected = [0.0] * batch, [0.0] * batch
         self._lengths = [len(sequence) for sequence in state.sequences]
         self._rungs = [self._best(request) for request in range(batch)]
-        self._steps = 0
 
     def restart(self, state: State) -> None:
-        """What was learned stays; the step that comes again has nothing new to tell."""
+        """What was learned stays."""
         self.drafter.restart(state)
-        self._steps = 0
 
     def propose(self, state: State) -> Proposal:
         """Learn from the last step, choose each request's size, and draft the largest of them."""
-        if self._steps:
-            for request, sequence in enumerate(state.sequences):
-                if state.active[request]:
-                    self._learn(request, len(sequence) - self._lengths[request] - 1)
-                    self._rungs[request] = self._best(request)
-                self._lengths[request] = len(sequence)
-        self._steps += 1
+        for request, sequence in enumerate(state.sequences):
+            came = len(sequence) - self._lengths[request]
+            if state.active[request] and came:  # nothing has before the first step, and where a step comes again
+                self._learn(request, came - 1)
+                self._rungs[request] = self._best(request)
+            self._lengths[request] = len(sequence)
         sizes = [self.ladder.sizes[rung] for rung in self._rungs]
         nodes = max(
             (size for size, active in zip(sizes, state.active, strict=True) if active), default=self.ladder.sizes[0]

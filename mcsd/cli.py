@@ -357,7 +357,7 @@ def _refusal(pair: Pair, prompt: Prompt) -> str | None:
     length, vocab = ids.shape[1], input_vocab(pair.target)
     if (largest := int(ids.max())) >= vocab:
         return f"prompt: token {largest} is none of the model's {vocab}"
-    positions = text_limit(pair.target.config.get_text_config(decoder=True))
+    positions = text_limit(pair.target)
     new = pair.settings.max_new_tokens
     if new < positions < length + new:
         return f"prompt: {length} tokens and {new} new ones do not fit the model's {positions} positions"

@@ -164,7 +164,7 @@ def generate(
         raise ValueError(f"streamer: expected a batch of 1, got {batch}; stream requests one by one")
     longest = max(map(len, prompts))
     config = target.config.get_text_config(decoder=True)
-    positions = text_limit(config)
+    positions = text_limit(target)
     if positions and longest + max_new_tokens > positions:
         raise ValueError(
             f"max_new_tokens: expected a prompt of {longest} tokens and {max_new_tokens} new ones to fit the model's "

@@ -20,15 +20,13 @@ from .cache import CACHES
 LOG = logging.getLogger(__name__)
 LARGEST = 256  # rows; a forward over more of them is busy enough
 PADDING = 16  # rows added at most
+ROOM = "room"  # what is refused where caches cannot grow to a prefix's bucket
 _PREFIX_BUCKET = 512
 _MOST = 64  # graphs over one cache
 _PATIENCE = 8  # refusals
 _TRIALS = 2  # uses: the second has other inputs than those that were there at the capture
 _CLOSE = 2**-5  # of an entry's size; kernels that add in no fixed order stay far below
 _AT_ONCE = 1 << 24  # entries
-
-
-ROOM = "room"  # what is refused where caches cannot grow to a prefix's bucket
 
 
 class Outputs(NamedTuple):
@@ -206,9 +204,14 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._captured)
 
-    def begin(self, report: Callable[[str], None] | None) -> None:
-        """A generation begins. What there was no memory for may be tried again; other refusals stay."""
+    def begin(self, report: Callable[[str], None] | None, again: bool = False) -> None:
+        """A generation begins, or begins `again`, where all stays as it is.
+
+        What there was no memory for may be tried again in another generation; other refusals stay.
+        """
         self.report = report
+        if again:
+            return
         self._refused = {key: reason for key, reason in self._refused.items() if "OutOfMemory" not in reason}
         for reason in dict.fromkeys(self._refused.values()):
             (report or LOG.info)(reason)
@@ -340,13 +343,17 @@ def _sums(memory: Memory) -> list[torch.Tensor]:
 
 
 def _alike(found: Any, wanted: Any) -> bool:
-    """Whether two results hold the same tensors, but for rounding."""
+    """Whether two results hold the same tensors, but for rounding.
+
+    A choice that rounding has turned shows in the numbers that come of it; only what nothing comes of, such as the last
+    token, may differ where any number does.
+    """
     leaves = zip(tree_leaves(found), tree_leaves(wanted), strict=True)
     pairs = [pair for pair in leaves if isinstance(pair[0], torch.Tensor)]
     numbers = [pair for pair in pairs if pair[0].is_floating_point()]
     if not all(_close(*pair, _CLOSE) for pair in numbers):
         return False
-    rounded = not all(_close(*pair, 0.0) for pair in numbers)  # which may have turned a choice
+    rounded = not all(_close(*pair, 0.0) for pair in numbers)
     return rounded or all(torch.equal(*pair) for pair in pairs if not pair[0].is_floating_point())
 
 

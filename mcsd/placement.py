@@ -40,15 +40,13 @@ def output_shape(model: PreTrainedModel) -> tuple[int, int] | None:
     return _size(head, 0, "out_features") or config.vocab_size, _size(head, 1, "in_features") or config.hidden_size
 
 
-def text_limit(config: Any) -> int:
+def text_limit(model: PreTrainedModel) -> int:
     """How many positions a text may take; 0: no limit is known.
 
     Past its original length a model with "longrope" reads the whole text with other frequencies, so that what it has
     cached before, and in chunks, would be worth nothing.
-
-    Args:
-        config: the text model's.
     """
+    config = model.config.get_text_config(decoder=True)
     limit: int = getattr(config, "max_position_embeddings", 0) or 0
     rope = getattr(config, "rope_parameters", None) or {}
     for kind in (rope, *(part for part in rope.values() if isinstance(part, dict))):

@@ -102,6 +102,7 @@ class Scorer:
 
     Attributes:
         begun: the first step is over. Nothing is captured before that: it reads a prompt, which comes but once.
+        restarted: this generation has begun again, see `restart`.
 
     Raises:
         UnsupportedModelError: the model cannot score trees, or its hidden states cannot be read.
@@ -120,7 +121,8 @@ class Scorer:
         reason = refusal(model, attention) or (why_not(model) if reads_hidden else None)
         if reason:
             raise UnsupportedModelError(reason)
-        self.model = model
+        self.model, self._leader = model, leader
+        self.begun = self.restarted = False
         config = model.config.get_text_config(decoder=True)
         self.tree = attention != "dense" and takes_tree_attention(model)
         windows = [getattr(layer, "sliding_window", None) for layer in _layers(config)]
@@ -147,13 +149,12 @@ class Scorer:
             )
             self.cache.reset(capacity + PADDING)
             for graphs in (self.graphs, self.steps):
-                graphs.begin(report)
+                graphs.begin(report, again=leader is not None and leader.restarted)
         self._own_cache = self.cache
-        self.positions = text_limit(config)
+        self.positions = text_limit(model)
         self._last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._states = HiddenStates(model) if reads_hidden else None
         self.hidden: torch.Tensor | None = None  # of the last prompt or tree
-        self.begun, self._leader = False, leader
         self._unread: torch.Tensor | None = None  # the end of a prompt that the first tree brings along
 
     @contextmanager
@@ -180,7 +181,7 @@ class Scorer:
     def restart(self) -> None:
         """Forget what was read. The prompts that come next are other ones, or the same texts as far as they go now."""
         self.cache.reset(self.cache.capacity)
-        self.begun, self._unread = False, None
+        self.begun, self.restarted, self._unread = False, True, None
 
     def reserve(self, prefix: Prefix, nodes: int) -> None:
         """Make room in the cache for a captured step's trees of so many nodes."""

@@ -89,9 +89,7 @@ def captured_step(
     Returns:
         as `step`, in memory that the next one writes to; None, and nothing was done, where a step cannot be replayed.
     """
-    if scorer.steps is None or scorer.steps.off or not scorer.ready:
-        return None
-    if scorer.steps.refuses(ROOM):
+    if scorer.steps is None or scorer.steps.refuses(ROOM) or not scorer.ready:
         return None
     try:
         taken = drafter.captures(state)
@@ -107,11 +105,12 @@ def captured_step(
 
     def run(small: torch.Tensor, seeds: torch.Tensor, *held: torch.Tensor) -> _Run:
         again, forgetful = copy.copy(state), drafter.forgetful()
-        again.seeds, again.sampling = seeds, replace(state.sampling, **dict(zip(tensors, held, strict=False)))
+        sampling, carried = held[: len(tensors)], held[len(tensors) :]
+        again.seeds, again.sampling = seeds, replace(state.sampling, **dict(zip(tensors, sampling, strict=True)))
         again.read(small)
         again.shorter = again.shorter._replace(on_host=again.prefix.on_host)  # one bound for both
         again.step = again.step_on_device  # type: ignore[assignment]
-        forgetful.carry(again, held[len(tensors) :])
+        forgetful.carry(again, carried)
         stepped = step(forgetful, scorer, again, rule)
         # the graph has pointers into what the drafter holds
         return _Run(stepped, forgetful.carried(), again.hidden, forgetful)

@@ -561,18 +561,40 @@ def test_a_replay_that_goes_wrong_costs_no_token(
     assert not any("captured a step" in line for line in lines)
 
 
-def test_drafters_that_learn_go_on_after_a_wrong_replay(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
+LADDER = Ladder((-1, 0, 0, 1, 1, 3, 3, 5), (1.0, 0.6, 0.2, 0.3, 0.1, 0.2, 0.1, 0.1), (2, 4, 8), (1.0, 1.15, 1.4))
+LEARNING: dict[str, Any] = {
+    "alone": lambda draft, other: AdaptiveDrafter(draft, LADDER),
+    "first": lambda draft, other: MergedDrafter([AdaptiveDrafter(draft, LADDER), NgramDrafter()]),
+    # the first one's replay goes wrong before the other has learned from the step before
+    "second": lambda draft, other: MergedDrafter(
+        [ModelDrafter(draft, (2, 1)), AdaptiveDrafter(other, LADDER, proposal="point", decay=1.0, prior=0.5)]
+    ),
+}
+
+
+@pytest.mark.parametrize("place", LEARNING)
+def test_drafters_that_learn_go_on_after_a_wrong_replay(
+    place: str, tape: Tape, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mcsd.cache.BLOCK", 256)
-    ladder = Ladder((-1, 0, 0, 1, 1, 3, 3, 5), (1.0, 0.6, 0.2, 0.3, 0.1, 0.2, 0.1, 0.1), (2, 4, 8), (1.0, 1.15, 1.4))
-    for spoilt in (1, 3, 5, 8):
-        model = tiny()
+    learned: list[list[tuple[int, int]]] = [[], []]
+    learn = AdaptiveDrafter._learn
+    for spoilt in (1, 2, 3, 5, 8):
         tape.replayed, tape.spoils = 0, (spoilt, "results")
-        draft = perturbed(model)
-        merged = MergedDrafter([AdaptiveDrafter(draft, ladder), NgramDrafter()])
-        for drafter in (AdaptiveDrafter(draft, ladder), merged):
-            found, wanted = both(model, drafter, max_new_tokens=60, seed=1)
-            assert torch.equal(found.sequences, wanted.sequences)
-            assert found.stats.target_calls == wanted.stats.target_calls
+        model = tiny()
+        drafter = LEARNING[place](perturbed(model), perturbed(model, seed=1))
+        ids, mask = pad(PROMPTS)
+        texts: list[torch.Tensor] = []
+        for graphs, seen in zip((True, False), learned, strict=True):
+
+            def noted(self: AdaptiveDrafter, request: int, accepted: int) -> None:
+                seen.append((request, accepted))  # noqa: B023
+                learn(self, request, accepted)
+
+            monkeypatch.setattr(AdaptiveDrafter, "_learn", noted)
+            text = mcsd.generate(model, drafter, ids, mask, max_new_tokens=40, seed=1, graphs=graphs).sequences
+            texts.append(text)
+        assert torch.equal(*texts) and learned[0] == learned[1] and len(learned[0]) > 10
 
 
 @pytest.mark.parametrize("proposal", ["without_replacement", "point"])
@@ -612,6 +634,22 @@ def test_without_memory_to_compare_or_to_reserve_all_goes_on(
     before_it = tape.captured
     found, wanted = both(model, draft, max_new_tokens=12, seed=2)
     assert torch.equal(found.sequences, wanted.sequences) and tape.captured > before_it, "tried again"
+
+
+def test_without_memory_to_compare_texts_are_read_again_once_a_graph(
+    tape: Tape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("too little memory")
+
+    monkeypatch.setattr("mcsd.graphs._alike", fails)
+    restarts = []
+    monkeypatch.setattr(ModelDrafter, "restart", lambda self, state: restarts.append(1) or Drafter.restart(self, state))
+    model = tiny()
+    drafter = ModelDrafter(perturbed(model), (2, 1), stopping=EntropyStop(9.0))
+    found, wanted = both(model, drafter, max_new_tokens=60, seed=2)
+    assert torch.equal(found.sequences, wanted.sequences) and found.stats.target_calls > 20
+    assert 1 <= len(restarts) <= 4, "the draft's two forwards and the target's, and one where memory moved"
 
 
 def test_a_comparison_that_was_interrupted_is_made_later(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def check_longest(target: PreTrainedModel, prompter: Prompter, longest: int) -> 
     Raises:
         ValueError: a start with `longest` tokens behind it does not fit.
     """
-    positions, start = _positions(target), prompter.longest_start
+    positions, start = text_limit(target), prompter.longest_start
     if positions and start + longest > positions:
         raise ValueError(
             f"longest: expected at most {max(positions - start, 0)}, which behind a start of {start} tokens fit the "
@@ -195,7 +195,7 @@ def _write(
     ids = torch.tensor([[0] * (width - len(s.tokens)) + s.tokens for s in streams], device=device)
     pad = torch.tensor([width - len(s.tokens) for s in streams], device=device)
     cache = DynamicCache(config=target.config)
-    limit = min(width + longest, _positions(target) or width + longest)
+    limit = min(width + longest, text_limit(target) or width + longest)
     active, done = list(streams), list[Stream]()
     rows = torch.arange(len(streams), device=device)
     with HiddenStates(target) as states:
@@ -273,11 +273,6 @@ def _logits(target: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """`[rows, vocab]` f32."""
     head = target.get_output_embeddings()
     return torch.nn.functional.linear(hidden, head.weight).float()
-
-
-def _positions(target: PreTrainedModel) -> int:
-    """How many positions a text may take; 0: no limit is known."""
-    return text_limit(target.config.get_text_config(decoder=True))
 
 
 def _takes_positions(target: PreTrainedModel) -> bool:

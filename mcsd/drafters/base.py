@@ -145,7 +145,7 @@ class Captures(NamedTuple):
 
 
 class Drafter(ABC):
-    """Proposes token trees. A subclass needs `propose`; `begin`, `keep` and `end` are for drafters with a memory.
+    """Proposes token trees. A subclass needs `propose`; the others are for drafters with a memory.
 
     What a request is proposed must depend on that request alone, or its text comes to depend on its neighbours.
 
@@ -221,7 +221,7 @@ class Drafter(ABC):
 
 
 class Adapter(Drafter):
-    """Any object with `propose`, and perhaps `begin`, `keep` and `end`, as a `Drafter`.
+    """Any object with `propose`, and perhaps `begin`, `restart`, `keep` and `end`, as a `Drafter`.
 
     Args:
         inner: the object.

@@ -18,7 +18,7 @@ from ..attention import takes_tree_attention, tree_attention_in
 from ..checking import unwrapped
 from ..scoring import UnsupportedModelError, refusal
 from ..trees import chain_bits
-from .base import State
+from .base import Captures, State
 from .model import ModelDrafter
 from .stopping import Stopping
 
@@ -84,9 +84,9 @@ class EarlyExitDrafter(ModelDrafter):
         if not self._shared:
             super().keep(state, path, length)
 
-    @property
-    def _is_capturable(self) -> bool:
-        return type(self) is EarlyExitDrafter
+    def captures(self, state: State) -> Captures | None:
+        """As those of any model."""
+        return super().captures(state)
 
     def forgetful(self) -> EarlyExitDrafter:
         """See `Drafter`; the target is not held."""

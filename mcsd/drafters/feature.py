@@ -203,7 +203,7 @@ class FeatureDrafter(LevelDrafter):
         super().__init__(given, proposal, parents=parents, sampling=sampling, stopping=stopping)
         self.model = model
         self._own_branching = branching is not None
-        self._kind: tuple[int, int] | None  # if steps are captured
+        self._kind: tuple[int, int] | None = None  # if steps are captured
         self._forget()
 
     def with_branching(self, branching: Sequence[int], proposal: str) -> FeatureDrafter:
@@ -259,12 +259,11 @@ class FeatureDrafter(LevelDrafter):
 
     def captures(self, state: State) -> Captures | None:
         """Unless what it does depends on more than the text: see `Drafter`."""
-        as_it_is = type(self) is FeatureDrafter and self.alone and self.nodes is None and self.stopping is None
-        if not as_it_is or self._kind is None:
+        if not self._steps_alike() or self._kind is None:
             return None
         self._cache.place(state.prefix, 0, 2 * len(self.parents), prefix_bucket(state.prefix.longest))
         memory = (self._cache.serial, self._cache.version)
-        return Captures(len(self.parents), (self.parents, id(self.sampling), self.known), (memory,))
+        return Captures(len(self.parents), (self.parents, id(self.sampling), self._ids_key), (memory,))
 
     def carried(self) -> tuple[torch.Tensor, ...]:
         """The accepted nodes' true hidden states and tokens, and how many of them there are."""

@@ -122,8 +122,7 @@ class HeadsDrafter(LevelDrafter):
 
     def captures(self, state: State) -> Captures | None:
         """Where the heads are a module, which is then taken to compute from its arguments alone."""
-        as_it_is = type(self) is HeadsDrafter and self.alone and self.nodes is None and self.stopping is None
-        if not as_it_is or not isinstance(self.heads, nn.Module):
+        if not self._steps_alike() or not isinstance(self.heads, nn.Module):
             return None
         if self._seen is None:
             self._seen = fingerprint(self.heads)

@@ -163,7 +163,7 @@ class LevelDrafter(Drafter):
         self._contexts = ExitStack()
         self._draft_ids: torch.Tensor | None = None
         self._token_of: torch.Tensor | None = None
-        self._known: int | None = None
+        self._ids_hash: int | None = None
 
     def with_tree(self: _Some, parents: Sequence[int], proposal: str) -> _Some:
         """The same drafter with a tree of any shape, see `parents`; models are shared."""
@@ -205,7 +205,7 @@ class LevelDrafter(Drafter):
     def end(self) -> None:
         """Give models their own settings back, and the memory free."""
         self._contexts.close()
-        self._plans, self._drawn_from, self._draft_ids, self._token_of, self._known = {}, None, None, None, None
+        self._plans, self._drawn_from, self._draft_ids, self._token_of, self._ids_hash = {}, None, None, None, None
 
     def forgetful(self: _Some) -> _Some:
         """See `Drafter`."""
@@ -215,14 +215,18 @@ class LevelDrafter(Drafter):
 
     def _knows(self, ids: torch.Tensor) -> None:
         """Say which tokens the columns of the logits are, `[columns]` int64, where they are not the target's."""
-        self._draft_ids, self._token_of, self._known = ids, F.pad(ids, (0, 1), value=-1), None
+        self._draft_ids, self._token_of, self._ids_hash = ids, F.pad(ids, (0, 1), value=-1), None
 
     @property
-    def known(self) -> int:
-        """A number for which tokens the columns are."""
-        if self._known is None and self._draft_ids is not None:
-            self._known = hash(self._draft_ids.cpu().numpy().tobytes())
-        return self._known or 0
+    def _ids_key(self) -> int | None:
+        """Equal for the same `_draft_ids`."""
+        if self._ids_hash is None and self._draft_ids is not None:
+            self._ids_hash = hash(self._draft_ids.cpu().numpy().tobytes())
+        return self._ids_hash
+
+    def _steps_alike(self) -> bool:
+        """Whether steps depend on nothing but what the `captures` of this very class knows of."""
+        return "captures" in vars(type(self)) and self.alone and self.nodes is None and self.stopping is None
 
     @abstractmethod
     def _level(self, state: State, level: int, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

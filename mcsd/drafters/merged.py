@@ -88,7 +88,7 @@ class MergedDrafter(Drafter):
         for index in others:
             tree, places = merge(tree, self.drafters[index].propose(state), index)
             self._places.append(places)
-        tree, self._places = pack(tree, self._places)
+        tree, self._places = padding_last(tree, self._places)
         return replace(tree, point_nodes=None) if self.proposal == "point" else tree
 
     def keep(self, state: State, path: torch.Tensor, length: torch.Tensor) -> None:
@@ -155,7 +155,7 @@ def merge(tree: Proposal, other: Proposal, origin: int) -> tuple[Proposal, torch
     return merged, place
 
 
-def pack(tree: Proposal, places: list[torch.Tensor]) -> tuple[Proposal, list[torch.Tensor]]:
+def padding_last(tree: Proposal, places: list[torch.Tensor]) -> tuple[Proposal, list[torch.Tensor]]:
     """Move padding behind the last node of each request.
 
     Args:
@@ -189,9 +189,10 @@ def pack(tree: Proposal, places: list[torch.Tensor]) -> tuple[Proposal, list[tor
 
 
 def _in_use(tree: Proposal, proposal: str) -> torch.Tensor:
-    """`[batch, nodes]` bool: no padding, and no missing candidate after all others, where larger neighbours leave some.
+    """`[batch, nodes]` bool: all but padding, and but for missing candidates at the very end.
 
-    Of "greedy" siblings the last one is the drawn one, missing or not: those stay.
+    Those may be there for the sake of a neighbour's larger tree. Of "greedy" siblings the last one is the drawn one,
+    missing or not: so they stay.
     """
     used = tree.parents.expand(tree.tokens.shape) >= 0
     if proposal == "greedy":

@@ -132,17 +132,11 @@ class ModelDrafter(LevelDrafter):
 
         `_read_up_to` falls behind while steps are replayed; only a drafter that is not alone looks at it.
         """
-        as_it_is = self._is_capturable and self.alone and self.nodes is None and self.stopping is None
-        if not as_it_is or self._scorer.graphs is None:
+        if not self._steps_alike() or self._scorer.graphs is None:
             return None
         self._scorer.reserve(state.prefix, len(self.parents))
-        key = self.parents, id(self.sampling), self.shared_vocab, self.known
+        key = self.parents, id(self.sampling), self.shared_vocab, self._ids_key
         return Captures(len(self.parents), key, self._scorer.memory)
-
-    @property
-    def _is_capturable(self) -> bool:
-        """A subclass may do what a graph cannot repeat."""
-        return type(self) is ModelDrafter
 
     def forgetful(self) -> ModelDrafter:
         """See `Drafter`; captured steps stay with the target and shall not keep this model alive."""

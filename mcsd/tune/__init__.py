@@ -14,15 +14,15 @@ from mcsd_kernels import SamplingParams
 from mcsd_kernels import _checks as check
 from mcsd_kernels.verify import PROPOSALS
 
+from ..checking import unwrapped
 from ..drafters import Drafter
-from ..placement import input_device, input_vocab
+from ..placement import input_device, input_vocab, text_limit
 from ..profile import Ladder, Profile
 from ..trees import check_branching, parents_of
 from .measure import (
     Contender,
     context_length,
     measure_costs,
-    positions_of,
     race,
     record_labels,
     takes_tree,
@@ -195,7 +195,7 @@ def _check_prompts(target: PreTrainedModel, prompts: list[torch.Tensor], tokens:
     """
     if not prompts:
         raise ValueError("prompts: expected at least one")
-    positions = positions_of(target)
+    positions = text_limit(unwrapped(target))
     for number, prompt in enumerate(prompts):
         check.tensor(f"prompts[{number}]", prompt, (1, None), check.INTEGERS)
         length = prompt.shape[1]

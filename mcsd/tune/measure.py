@@ -257,7 +257,7 @@ def context_length(target: PreTrainedModel, repeats: int = REPEATS) -> int:
     Raises:
         ValueError: the target has too few positions for any.
     """
-    positions, new = positions_of(target), _timed_tokens(repeats)
+    positions, new = text_limit(unwrapped(target)), _timed_tokens(repeats)
     if positions and positions <= new:
         raise ValueError(f"target: expected at least {new + 1} positions to time steps in, got {positions}")
     return min(CONTEXT, positions - new) if positions else CONTEXT
@@ -265,11 +265,6 @@ def context_length(target: PreTrainedModel, repeats: int = REPEATS) -> int:
 
 def _timed_tokens(repeats: int) -> int:
     return 3 * (WARM_UP + repeats // 2)
-
-
-def positions_of(target: PreTrainedModel) -> int:
-    """How many positions a text of the target may take; 0: no limit is known."""
-    return text_limit(unwrapped(target).config.get_text_config(decoder=True))
 
 
 def tree_drafter(draft: Any, parents: Sequence[int], proposal: str, attention: str = "auto") -> Drafter:
