@@ -277,10 +277,8 @@ class FeatureDrafter(LevelDrafter):
     def forgetful(self) -> FeatureDrafter:
         """See `Drafter`; captured steps stay with the target and shall not keep this model alive."""
         other = super().forgetful()
-        other.model, other._cache = (
-            cast(FeatureModel, weakref.proxy(self.model)),
-            cast(TreeCache, weakref.proxy(self._cache)),
-        )
+        other.model = cast(FeatureModel, weakref.proxy(self.model))
+        other._cache = cast(TreeCache, weakref.proxy(self._cache))
         return other
 
     def end(self) -> None:
