@@ -14,7 +14,7 @@ from mcsd import Drafter, ModelDrafter, NgramDrafter, Proposal, State
 from mcsd.adaptive import AdaptiveDrafter
 from mcsd.drafters.early_exit import EarlyExitDrafter
 from mcsd.drafters.heads import HeadsDrafter
-from mcsd.drafters.merged import MergedDrafter
+from mcsd.drafters.merged import MergedDrafter, _in_use
 from mcsd.drafters.stopping import ConfidenceStop
 from mcsd.drafters.topk import TopKDrafter
 from mcsd.drafters.trie import TrieDrafter
@@ -117,6 +117,14 @@ def test_three_trees_of_different_shapes_in_a_batch() -> None:
     _, points = merged(two, three, sequences=[[5], [6]])
     assert points.point_nodes is None and points.draft_logits is None and points.draft_rows is None
     assert points.tokens[0].tolist() == [5, 10, 20, 30, 31, -1, -1]
+
+
+def test_missing_candidates_at_the_end_are_padding() -> None:
+    parents, tokens = torch.tensor([-1, 0, 0, 1, 1]), torch.tensor([[5, 1, -1, 2, -1], [5, -1, -1, -1, -1]])
+    there = _in_use(Proposal(tokens, parents, 2), "without_replacement").tolist()
+    assert there == [[False, True, True, True, False], [False] * 5]
+    # the drawn one of "greedy" siblings is the last, and may be missing
+    assert _in_use(Proposal(tokens, parents, 2), "greedy").tolist() == [[False, True, True, True, True]] * 2
 
 
 def test_each_is_told_in_its_own_numbers() -> None:
@@ -226,11 +234,12 @@ def test_a_model_reads_what_others_had_accepted(llama: PreTrainedModel, draft: P
 
 
 def test_a_proposal_depends_on_its_own_request(llama: PreTrainedModel, draft: PreTrainedModel) -> None:
-    ladder = Ladder((-1, 0, 0, 1, 2, 1), (1.0, 0.5, 0.3, 0.2, 0.1, 0.1), (2, 4, 6), (1.0, 1.1, 1.2))
+    values = (1.0, 0.6, 0.2, 0.3, 0.1, 0.2, 0.1, 0.1)
+    ladder = Ladder((-1, 0, 0, 1, 1, 3, 3, 5), values, (2, 4, 8), (1.0, 1.15, 1.4))
     kinds = [
         [ModelDrafter(draft, (3, 2)), TrieDrafter(nodes=6), HeadsDrafter(medusa(llama), (2,))],
         [NgramDrafter(), TopKDrafter(draft, 2, 3, 6)],  # the first one's trees have the size of the largest
-        [AdaptiveDrafter(draft, ladder), NgramDrafter()],
+        [AdaptiveDrafter(draft, ladder, prior=0.5), NgramDrafter()],
         [NgramDrafter(), TrieDrafter()],
     ]
     prompts = [PROMPTS[0], [5, 6, 7] * 4, prompt(2, 9)]

@@ -21,9 +21,9 @@ from mcsd.cache import CACHES
 from mcsd.decode import _are_captured, _read
 from mcsd.drafters import EarlyExitDrafter, EntropyStop, FeatureDrafter, HeadsDrafter, MergedDrafter, NgramDrafter
 from mcsd.drafters.base import Captures
-from mcsd.graphs import PADDING, Graphs, Rehearsal, _alike, capturing, fingerprint, prefix_bucket, row_bucket
+from mcsd.graphs import PADDING, Captured, Graphs, Rehearsal, _alike, capturing, fingerprint, prefix_bucket, row_bucket
 from mcsd.profile import Ladder
-from mcsd.scoring import _KEPT
+from mcsd.scoring import _KEPT, Scorer
 from mcsd.step import Stepped, pack
 from mcsd.trees import StaticTree, chain_bits, chain_depths
 from mcsd_kernels import SamplingParams, Verified
@@ -396,7 +396,8 @@ def test_hidden_states_go_on_where_steps_are_captured_no_more(
 
 
 @pytest.mark.parametrize("kind", HIDDEN)
-def test_what_reads_hidden_states_is_not_kept_by_graphs(kind: str, tape: Tape) -> None:
+def test_what_reads_hidden_states_is_not_kept_by_graphs(kind: str, tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mcsd.cache.BLOCK", 256)  # or graphs would go because the target's memory moves
     gc.collect()
     model, before, gone = tiny(), set(CACHES), []
     for _ in range(3):
@@ -554,11 +555,33 @@ def test_a_replay_that_goes_wrong_costs_no_token(
     assert found.stats.target_calls == wanted.stats.target_calls
     (line,) = {line for line in lines if "did not do" in line}
     assert ("a replay of a forward" if kind == "forwards" else "a replay of a step") in line
-    # nothing more of the kind is replayed, then or later
+    # nothing more of the kind is replayed, then or later, whatever else a graph would be of
     lines.clear()
-    found, wanted = both(model, draft, max_new_tokens=40, seed=4)
-    assert torch.equal(found.sequences, wanted.sequences) and line in lines
+    for temperature in (1.0, 0.5):
+        found, wanted = both(model, draft, max_new_tokens=40, seed=4, temperature=temperature)
+        assert torch.equal(found.sequences, wanted.sequences) and line in lines
     assert not any("captured a step" in line for line in lines)
+
+
+@pytest.mark.parametrize("spoilt", [8, 17])
+def test_windows_begin_again_after_a_wrong_replay(spoilt: int, tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What had been let go of behind the window is there again."""
+    monkeypatch.setattr(Captured.__init__, "__defaults__", (1000,))  # every use is compared
+    model = tiny("mistral")
+    tape.spoils = spoilt, "caches"
+    skipped = []
+    restart = Scorer.restart
+
+    def noted(scorer: Scorer) -> None:
+        skipped.append(max(max(store.skipped) for store in scorer.cache._stores.values()))
+        restart(scorer)
+
+    monkeypatch.setattr(Scorer, "restart", noted)
+    draft = perturbed(model)
+    ids, mask = pad([prompt(90, 1), prompt(83, 2), prompt(97, 3)])
+    options: dict[str, Any] = {"max_new_tokens": 40, "branching": (2, 1)}
+    found, wanted = (mcsd.generate(model, draft, ids, mask, graphs=graphs, **options) for graphs in (True, False))
+    assert torch.equal(found.sequences, wanted.sequences) and skipped[0] > 0
 
 
 LADDER = Ladder((-1, 0, 0, 1, 1, 3, 3, 5), (1.0, 0.6, 0.2, 0.3, 0.1, 0.2, 0.1, 0.1), (2, 4, 8), (1.0, 1.15, 1.4))
