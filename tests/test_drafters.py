@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, RepetitionPenaltyLogitsProcessor
 
 import mcsd
 from mcsd import Drafter, MergedDrafter, ModelDrafter, NgramDrafter, Proposal, State
+from mcsd.drafters.base import Adapter
 from mcsd_kernels import SamplingParams, Status
 from tests.cases import PROPOSALS, RULES
 from tests.small_law import P, few, p_of, sample
@@ -441,6 +443,15 @@ def test_of_many_places_of_one_ngram_few_are_looked_at() -> None:
 
 
 # Drafters of one's own
+
+
+@pytest.mark.parametrize("restarts", [True, False])
+def test_an_object_restarts_in_its_own_way_or_ends_and_begins(restarts: bool) -> None:
+    calls: list[str] = []
+    names = ("propose", "begin", "keep", "end", *(["restart"] if restarts else []))
+    inner = SimpleNamespace(**{name: lambda *_, name=name: calls.append(name) for name in names})
+    Adapter(inner).restart(state_of([[1, 2]]))
+    assert calls == (["restart"] if restarts else ["end", "begin"])
 
 
 class Repeats(Drafter):
