@@ -111,6 +111,24 @@ class Share:
         return prompt.index % self.count == self.rank
 
 
+def check_place(name: str, path: Path, whose: str = "", source: str | os.PathLike[str] | None = None) -> None:
+    """Refuse a place for a file before anything is done.
+
+    Args:
+        name: the option it came in, for the error.
+        path: the place.
+        whose: the other file is, in the genitive.
+        source: a file that is read and must stay.
+
+    Raises:
+        ValueError: there is no such folder, or it is that file.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"{name}: expected a file in a folder that exists, {path.parent} does not")
+    if source is not None and path.exists() and path.samefile(source):
+        raise ValueError(f"{name}: expected another file than the {whose}, got {path}")
+
+
 def check_output(path: Path | None, batch_file: Path | None = None, share: Share = Share()) -> None:
     """What can be said of a place for results before any model is loaded.
 
@@ -121,12 +139,9 @@ def check_output(path: Path | None, batch_file: Path | None = None, share: Share
         if share.count > 1:
             raise ValueError(f"output: expected a file, which {share.count} processes can share, got standard output")
         return
-    if not path.parent.is_dir():
-        raise ValueError(f"output: expected a file in a folder that exists, {path.parent} does not")
     if path.exists() and not path.is_file():
         raise ValueError(f"output: expected a file that can be read and continued, got {path}")
-    if batch_file is not None and path.exists() and path.samefile(batch_file):
-        raise ValueError(f"output: expected another file than the prompts', got {path}")
+    check_place("output", path, "prompts'", batch_file)
 
 
 class Results:

@@ -392,7 +392,9 @@ def inspect(
     """
     _check_prompt(prompt, settings)
     if record is not None:
-        _check_record(record, settings.profile)
+        from .batch import check_place
+
+        check_place("record", record, "profile's", settings.profile)
     pair = _load(settings, quiet=as_json)
     from .diagnostics import Recorder
     from .inspection import inspect_steps
@@ -418,14 +420,6 @@ def inspect(
         _show_steps(recorded, recorder.summary(), trees, coins)
     if stats.interrupted:
         raise KeyboardInterrupt
-
-
-def _check_record(record: Path, profile: str | None) -> None:
-    """What can be said of a place for a recording before any model is loaded."""
-    if not record.parent.is_dir():
-        raise ValueError(f"record: expected a file in a folder that exists, {record.parent} does not")
-    if profile is not None and record.exists() and record.samefile(profile):
-        raise ValueError(f"record: expected another file than the profile's, got {record}")
 
 
 def _show_steps(recorded: list[Step], summary: dict[str, Any], trees: bool, coins: bool) -> None:

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from .batch import check_place
 from .profile import Profile
 
 FORMATS = (".svg", ".png", ".pdf")
@@ -43,8 +44,7 @@ def check_picture(path: str | PathLike[str]) -> Path:
     picture = Path(path)
     if picture.suffix.lower() not in FORMATS:
         raise ValueError(f"picture: expected a name that ends in {', '.join(FORMATS)}, got {picture}")
-    if not picture.parent.is_dir():
-        raise ValueError(f"picture: expected a file in a folder that exists, {picture.parent} does not")
+    check_place("picture", picture)
     _pyplot()
     return picture
 
