@@ -8,8 +8,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from . import _rows_host as rows_host
 from . import _rows_torch as rows_torch
-from ._rows_torch import Array, Sampling, host, pick
+from ._draw import Array, pick
+from ._rows_torch import Sampling, host
 from ._rules import MISSING
 from .random import CANDIDATE_STREAM, uniform_lists
 from .types import DRAW_BLOCK
@@ -59,7 +61,7 @@ def _laws(logits: torch.Tensor, sampling: Sampling) -> tuple[list[list[float]], 
     rows, vocab = logits.shape
     room = rows_torch.buffers(rows, vocab, logits.device).first(rows)
     if sampling.plain is not None and room.blocks_on_host is not None:
-        return rows_torch.plain_laws(logits, sampling.plain, room), room.blocks_on_host
+        return rows_host.plain_laws(logits, sampling.plain, room), room.blocks_on_host
     rows_torch.law(logits, sampling, room.weights, None)
     return room.blocks.sum(-1).tolist(), host(room.blocks)
 

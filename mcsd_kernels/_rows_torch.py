@@ -1,20 +1,18 @@
 """Rows of logits as probability laws, on any device torch runs on: statistics, cut-offs, residual masses, draws.
 
 Vocabulary-wide work is torch on the rows' own device, into buffers kept between calls; what is left of a row is a few
-numbers, which live in NumPy on the host. A chunk holds so few rows that its buffers stay in the cache.
+numbers, which live in NumPy on the host. A chunk holds so few rows that its buffers stay in the cache. Rows that a CPU
+takes one by one are in `_rows_host`.
 """
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable
-from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from ._draw import Array, choose_block, first_above, pick
 from ._kept import Kept
 from ._rules import Draw, Mass
 from .types import DRAW_BLOCK, LEAST_TEMPERATURE, Status
@@ -23,9 +21,6 @@ from .types import DRAW_BLOCK, LEAST_TEMPERATURE, Status
 _LONG_ROW = 1 << 13
 _CHUNK_ENTRIES = 1 << 18
 _FIRST_TOP_P_SLICE = 64
-
-Array = np.ndarray[Any, Any]
-
 
 _NONE = np.zeros(0)
 
@@ -102,10 +97,10 @@ def host(tensor: torch.Tensor) -> Array:
 
 def chunk_rows(vocab: int) -> int:
     """How many requests to take together; a few rows stay in the cache from one pass to the next."""
-    return 1 if vocab >= _LONG_ROW else _CHUNK_ENTRIES // _padded(vocab)
+    return 1 if vocab >= _LONG_ROW else _CHUNK_ENTRIES // padded(vocab)
 
 
-def _padded(vocab: int) -> int:
+def padded(vocab: int) -> int:
     """A vocabulary of less than one draw block is a block by itself."""
     return vocab if vocab < DRAW_BLOCK else -(-vocab // DRAW_BLOCK) * DRAW_BLOCK
 
@@ -115,60 +110,17 @@ def draw_blocks(weights: torch.Tensor) -> torch.Tensor:
     return weights.view(weights.shape[0], -1, min(weights.shape[1], DRAW_BLOCK))
 
 
-class Law:
-    """One row of probabilities times a number, `total`, where it lies.
-
-    Args:
-        row: `[vocab]` f32.
-    """
-
-    def __init__(self, row: torch.Tensor) -> None:
-        self.row, self.total = row, 1.0
-        # the same memory for NumPy, whose single entries are quicker to read
-        self.on_host = host(row) if row.is_cpu else None
-
-    def at(self, tokens: list[int]) -> list[float]:
-        """The probabilities of some tokens, on the host; a token below 0 has none."""
-        total = self.total
-        if self.on_host is None:
-            return [x / total for x in read(self.row[None], [0], [tokens])[0]]
-        entry = self.on_host.item
-        return [entry(x) / total if x >= 0 else 0.0 for x in tokens]
-
-
-class Columns(Law):
-    """A law over some of the vocabulary's tokens; no other token has any probability.
-
-    Args:
-        row: `[columns]` f32.
-        ids: `[columns]` int64, each column's token, ascending.
-        ids_on_host: the same.
-    """
-
-    def __init__(self, row: torch.Tensor, ids: torch.Tensor, ids_on_host: Array) -> None:
-        super().__init__(row)
-        self.ids, self._known = ids, ids_on_host
-
-    def at(self, tokens: list[int]) -> list[float]:
-        """As for any law; `tokens` are the vocabulary's."""
-        known, count = self._known, len(self._known)
-        columns = [bisect_left(known, x) for x in tokens]
-        return super().at([i if i < count and known.item(i) == x else -1 for i, x in zip(columns, tokens, strict=True)])
-
-
 class Room(NamedTuple):
     """Views of the first rows of `Buffers`.
 
     Args:
         weights: `[rows, vocab]`, without their padding.
         blocks: `[rows, blocks, DRAW_BLOCK or less]`, the weights with it.
-        sums: `[rows, blocks]`, room for the masses of the blocks.
         weights_on_host, blocks_on_host: the same memory for NumPy, None off the CPU.
     """
 
     weights: torch.Tensor
     blocks: torch.Tensor
-    sums: torch.Tensor
     weights_on_host: Array | None
     blocks_on_host: Array | None
 
@@ -183,14 +135,8 @@ class Buffers:
     def __init__(self, rows: int, vocab: int, device: torch.device) -> None:
         self.p = torch.zeros(rows, vocab, dtype=torch.float32, device=device)
         self.q = torch.zeros_like(self.p)
-        self.weights = torch.zeros(rows, _padded(vocab), dtype=torch.float32, device=device)
+        self.weights = torch.zeros(rows, padded(vocab), dtype=torch.float32, device=device)
         self.blocks = draw_blocks(self.weights)
-        self.masses = torch.zeros(self.blocks.shape[:2], dtype=torch.float32, device=device)
-        # the first row, for one request at a time
-        self.first_p, self.first_q, self.first_weights = Law(self.p[0]), Law(self.q[0]), Law(self.weights[0, :vocab])
-        self.first_blocks, self.first_masses = self.blocks[0], self.masses[0]
-        # the same memory for NumPy; from another device, a draw fetches the one block it needs
-        self.on_host = (self.first_masses.numpy(), self.first_blocks.numpy()) if device.type == "cpu" else None
         self._vocab = vocab
         self._first: dict[int, Room] = {}
 
@@ -202,18 +148,8 @@ class Buffers:
             with torch.inference_mode(False):
                 weights, blocks = self.weights[:rows, : self._vocab], self.blocks[:rows]
                 on_host = (weights.numpy(), blocks.numpy()) if weights.is_cpu else (None, None)
-                self._first[rows] = Room(weights, blocks, self.masses[:rows], *on_host)
+                self._first[rows] = Room(weights, blocks, *on_host)
         return self._first[rows]
-
-    def sum_blocks(self) -> list[float]:
-        """The masses of the first row's blocks."""
-        torch.sum(self.first_blocks, -1, out=self.first_masses)
-        masses: list[float] = (self.on_host[0] if self.on_host else self.first_masses).tolist()
-        return masses
-
-    def draw(self, masses: list[float], u_block: float, u_place: float) -> int | None:
-        """One token from the first row's weights, whose blocks have these masses; None where there is no mass."""
-        return pick(masses, self.on_host[1] if self.on_host else self.first_blocks, u_block, u_place)
 
 
 # A loop comes back with the target's vocabulary and the draft's in turn, and with the rows of its tree's levels.
@@ -254,7 +190,7 @@ def law(logits: torch.Tensor, sampling: Sampling, buffer: torch.Tensor, slots: l
     if sampling.plain is not None:
         torch.softmax(_scaled(logits, sampling.plain, out), -1, out=out)
         for row in _nan_rows(out):  # scaled, it may have left float32's range
-            _stable_law(logits[row], sampling.plain, out[row])
+            stable_law(logits[row], sampling.plain, out[row])
         status = _broken(out, logits)
     else:
         status = _general_law(logits, sampling, out)
@@ -269,122 +205,8 @@ def _scaled(logits: torch.Tensor, scale: float, out: torch.Tensor) -> torch.Tens
     return source if scale == 1.0 else torch.mul(source, scale, out=out)
 
 
-def plain_law(logits: torch.Tensor | Array, scale: float, out: Law) -> Status | None:
-    """`law` of a single row without filters: softmax(logits * scale), which need not be normalised.
-
-    Args:
-        logits: `[vocab]` f16, bf16 or f32, or float32 on the host as an array; not written. What leaves float32's range
-            becomes infinite or 0; the caller silences NumPy's warnings.
-        scale: 1 / temperature.
-        out: where the law goes, and its total.
-
-    Returns:
-        what is wrong with the row, or None.
-    """
-    row, on_host = out.row, out.on_host
-    if on_host is not None:
-        # few passes instead of softmax's: the total says whether the largest logit had to be known first
-        unit, exponential = _exponential(len(on_host))
-        source = _scaled_on_host(logits, scale * unit, row, on_host)
-        if _is_shallow(source, unit):
-            exponential(source, on_host)
-            out.total = float(row.sum())
-            if _LEAST_TOTAL < out.total < _MOST_TOTAL:
-                return None
-    out.total = 1.0
-    return _stable_law(torch.from_numpy(logits) if isinstance(logits, np.ndarray) else logits, scale, row)
-
-
-def plain_laws(logits: torch.Tensor, scale: float, room: Room) -> list[list[float]]:
-    """`plain_law` of several rows on the CPU; each comes out as it would by itself.
-
-    Args:
-        logits: `[rows, vocab]` f16, bf16 or f32; not written.
-        scale: 1 / temperature.
-        room: of as many rows, on the CPU; its weights get the laws.
-
-    Returns:
-        the masses of each row's blocks; NaN for a row with something wrong, from which nothing can be drawn.
-    """
-    out, blocks, sums, on_host, _ = room
-    assert on_host is not None
-    unit, exponential = _exponential(logits.shape[1])
-    with np.errstate(all="ignore"):
-        source = host(logits) if logits.dtype == torch.float32 else logits
-        source = _scaled_on_host(source, scale * unit, out, on_host)
-        shallow = [_is_shallow(row, unit) for row in source]
-        if all(shallow):
-            exponential(source, on_host)
-        else:  # the other rows are done below
-            for row in range(len(shallow)):
-                if shallow[row]:
-                    exponential(source[row], on_host[row])
-    masses: list[list[float]] = torch.sum(blocks, -1, out=sums).tolist()
-    for row, mass in enumerate(masses):
-        stands = shallow[row] and _LEAST_TOTAL < sum(mass) < _MOST_TOTAL
-        if not stands:
-            _stable_law(logits[row], scale, out[row])
-            masses[row] = blocks[row].sum(-1).tolist()
-    return masses
-
-
-def _scaled_on_host(logits: torch.Tensor | Array, scale: float, out: torch.Tensor, on_host: Array) -> Array:
-    """`_scaled` for NumPy: one of its passes is sooner at work than torch's, above all with cold caches.
-
-    Args:
-        logits: as in `plain_law`.
-        scale: 1 / temperature.
-        out, on_host: the same memory.
-    """
-    if isinstance(logits, np.ndarray):
-        source = logits
-    else:
-        out.copy_(logits)
-        source = on_host
-    if scale != 1.0:
-        source = np.multiply(source, np.float32(scale), out=on_host)
-    return source
-
-
-Exponential = Callable[[Array, Array], Any]
-
-
-def _exponential(length: int) -> tuple[float, Exponential]:
-    """What rows of logits this long are multiplied by, and which exponential then takes them into a second argument.
-
-    It gives the same bits wherever an entry lies. NumPy's are up to twice as fast as torch's, unless several threads
-    share a long row.
-    """
-    if length > _ONE_THREAD and torch.get_num_threads() > 1:
-        return 1.0, _torch_exp
-    return _ON_HOST
-
-
-def _torch_exp(exponents: Array, out: Array) -> None:
-    torch.exp(torch.from_numpy(exponents), out=torch.from_numpy(out))
-
-
-def _vectors_exp2() -> bool:
-    """Whether NumPy has code for float32 powers of 2 that was made for this processor."""
-    try:
-        found = np.lib.introspect.opt_func_info(func_name="^exp2$", signature="float32")
-    except AttributeError:  # NumPy 1
-        return False
-    return any(not kind["current"].startswith("baseline") for kind in found.get("exp2", {}).values())
-
-
-# Half the time of NumPy's exp if there is such code, several times as much if there is none. The factor rounds a logit
-# once more, as any temperature but 1 does.
-_ON_HOST: tuple[float, Exponential] = (1.0 / math.log(2.0), np.exp2) if _vectors_exp2() else (1.0, np.exp)
-
-
-def _is_shallow(row: Array, unit: float) -> bool:
-    """Whether few exponentials are likely to vanish, which slows down what reads them, by a few of a row's entries."""
-    return min(row[:: max(len(row) // _LOOKED_AT, 1)].tolist()) > _LOWEST_LOGIT * unit
-
-
-def _stable_law(logits: torch.Tensor, scale: float, row: torch.Tensor) -> Status | None:
-    """`plain_law` of any row, with a total of 1: no product leaves float32's range after the subtraction."""
+def stable_law(logits: torch.Tensor, scale: float, row: torch.Tensor) -> Status | None:
+    """The law of any row without filters: no product leaves float32's range after the subtraction."""
     source = _scaled(logits, 1.0, row)
     source = torch.sub(source, source.max(), out=row).mul_(scale)
     if row.is_cpu:
@@ -395,32 +217,7 @@ def _stable_law(logits: torch.Tensor, scale: float, row: torch.Tensor) -> Status
     return Status(int(_diagnose(logits[None], np.zeros(1, np.int64))[0])) if broken else None
 
 
-_ONE_THREAD = 1 << 16
-_LOOKED_AT = 8
-_LOWEST_LOGIT = -80.0
 _NEXT_TO_NOTHING = -85.0  # beside a largest logit of 0
-# Within these a row keeps what is 1e-34 of it and more, and factors between two rows stay within float32.
-_LEAST_TOTAL, _MOST_TOTAL = 1e-4, 1e20
-
-
-def greedy_law(logits: torch.Tensor, out: Law) -> Status | None:
-    """`law` of a single row on the CPU at temperature 0: one-hot at the argmax, the lowest index among equals.
-
-    Args:
-        logits: `[vocab]` f16, bf16 or f32; not written.
-        out: where the law goes.
-
-    Returns:
-        what is wrong with the row, or None.
-    """
-    values = host(logits.float())
-    best = int(values.argmax())  # NaN wins
-    top = float(values[best])
-    if not math.isfinite(top):
-        return Status.EMPTY_ROW if top < 0.0 else Status.NAN_ROW
-    out.total = 1.0
-    out.row.zero_()[best] = 1.0
-    return None
 
 
 def masked(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
@@ -592,51 +389,18 @@ def read(buffer: torch.Tensor, slots: list[int], tokens: list[list[int]]) -> lis
     return [[next(found) for _ in some] for some in tokens]
 
 
-def fill(p: Law, q: Law, want: Mass | Draw, weights: torch.Tensor) -> float:
-    """Write (p - beta / w q)_+, or q where w is 0, into the weights, with zeros at the tokens to leave out.
-
-    Args:
-        p, q: `p` over the whole vocabulary.
-        want: w, beta and the tokens to leave out.
-        weights: `[vocab]` f32.
-
-    Returns:
-        the number that the weights are to be divided by.
-    """
-    w, beta, without = want
-    total = p.total if w != 0.0 else q.total
-    if w == 0.0:
-        if isinstance(q, Columns):
-            weights.zero_().index_copy_(0, q.ids, q.row)
-        else:
-            weights.copy_(q.row)
-    elif beta == 0.0:
-        weights.copy_(p.row)
-    else:
-        share, row = beta / w * (total / q.total), q.row
-        if share > _LARGE:  # float32 has room for the product, though not for this factor
-            share, row = min(share / _LARGE, _LARGEST), row * _LARGE
-        if isinstance(q, Columns):
-            weights.copy_(p.row).index_add_(0, q.ids, row, alpha=-share).relu_()
-        else:
-            torch.relu_(torch.sub(p.row, row, alpha=share, out=weights))
-    for token in without:
-        weights[token] = 0.0
-    return total
-
-
-_LARGE, _LARGEST = 1e30, 3e38
+LARGE, LARGEST = 1e30, 3e38
 
 
 def fill_rows(
     p: torch.Tensor, q: torch.Tensor, slots: list[int], wants: list[Mass | Draw], weights: torch.Tensor
 ) -> None:
-    """`fill` for several rows at once.
+    """Write (p - beta / w q)_+, or q where w is 0, into the weights, with zeros at the tokens to leave out.
 
     Args:
         p, q: `[slots, vocab]` f32.
         slots: the row of p and q that each entry of `wants` is about.
-        wants: a row each.
+        wants: w, beta and the tokens to leave out, a row each.
         weights: `[rows, vocab]` f32.
     """
     device = p.device
@@ -651,9 +415,9 @@ def fill_rows(
         if without_p.size:
             part[torch.from_numpy(without_p).to(device)] = 0.0
         factor, rows = beta_over_w[some], take(q, index[some])
-        if factor.max() > _LARGE:  # as in `fill`
-            rows = rows * _column(np.where(factor > _LARGE, _LARGE, 1.0), device)
-            factor = np.where(factor > _LARGE, np.minimum(factor / _LARGE, _LARGEST), factor)
+        if factor.max() > LARGE:  # float32 has room for the product, though not for this factor
+            rows = rows * _column(np.where(factor > LARGE, LARGE, 1.0), device)
+            factor = np.where(factor > LARGE, np.minimum(factor / LARGE, LARGEST), factor)
         part.addcmul_(rows, _column(-factor, device)).clamp_(min=0.0)
         if some.size < len(wants):
             weights[torch.from_numpy(some).to(device)] = part
@@ -685,40 +449,3 @@ def draw(weights: torch.Tensor, masses: Array, u_block: list[float], u_place: li
         block * DRAW_BLOCK + place if min(block, place) >= 0 else None
         for block, place in zip(chosen, places, strict=True)
     ]
-
-
-def pick(masses: list[float], blocks: Array | torch.Tensor, u_block: float, u_place: float) -> int | None:
-    """One token by inverse CDF in two steps: a block of weights, then the place in it; None where there is no mass.
-
-    Args:
-        masses: `[blocks]`, the sums of the blocks.
-        blocks: `[blocks, DRAW_BLOCK]` weights; of a tensor on another device only the chosen block is fetched.
-        u_block, u_place: in [0, 1).
-    """
-    block = choose_block(masses, u_block)
-    if block < 0:
-        return None
-    inside = blocks[block]
-    place = first_above(host(inside) if isinstance(inside, torch.Tensor) else inside, u_place)
-    return block * DRAW_BLOCK + place if place >= 0 else None  # numbers that are no weights may sum up differently
-
-
-def choose_block(masses: list[float], u: float) -> int:
-    """`first_above` of a few numbers."""
-    above = list(accumulate(masses))
-    if not above[-1] > 0.0:
-        return -1
-    index = bisect_right(above, above[-1] * u)
-    return index if index < len(masses) else max(i for i, mass in enumerate(masses) if mass > 0.0)  # infinite ones
-
-
-def first_above(weights: Array, u: float) -> int:
-    """The first index whose cumulative weight exceeds u times the total, never one of weight zero; -1 without mass."""
-    above = weights.cumsum()
-    total = above[-1]
-    if not total > 0:
-        return -1
-    index = int(above.searchsorted(total * np.float32(u), "right"))
-    if index < len(weights):
-        return index
-    return int(np.flatnonzero(weights > 0)[-1])  # u * total was rounded up to the total

@@ -112,11 +112,11 @@ def recursive(tree: Tree, proposal: str) -> Step:
 
 
 def _test_without_replacement(tree: Tree, drawn: Siblings, chosen: Siblings) -> Step:
-    return (yield from _test_drawn(tree, drawn, chosen, False))
+    return _test_drawn(tree, drawn, chosen, False)
 
 
 def _test_with_replacement(tree: Tree, drawn: Siblings, chosen: Siblings) -> Step:
-    return (yield from _test_drawn(tree, drawn, chosen, True))
+    return _test_drawn(tree, drawn, chosen, True)
 
 
 def _test_drawn(tree: Tree, drawn: Siblings, chosen: Siblings, replaced: bool) -> Step:
@@ -150,7 +150,7 @@ def _test_drawn(tree: Tree, drawn: Siblings, chosen: Siblings, replaced: bool) -
 
 def _test_point(tree: Tree, drawn: Siblings, chosen: Siblings) -> Step:
     """Deterministic children: each is offered its own mass."""
-    return (yield from _spend(tree.uniforms, _offers(drawn, 1.0, 0.0), 1.0, Draw(1.0, 0.0), None))
+    return _spend(tree.uniforms, _offers(drawn, 1.0, 0.0), 1.0, Draw(1.0, 0.0), None)
 
 
 def _test_greedy(tree: Tree, drawn: Siblings, chosen: Siblings) -> Step:

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from . import _rows_torch as rows_torch
-from ._rows_torch import Array, Sampling, first_above, host
+from ._draw import Array, first_above
+from ._rows_torch import Sampling, host
 from ._verify_torch import Batch, Side, Together, Walk, mass_of, run, sound, unless_broken
 from .types import DRAW_BLOCK, Status
 

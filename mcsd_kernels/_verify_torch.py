@@ -1,7 +1,8 @@
 """`verify` in torch: batched, lazy, for any device.
 
 Every request runs its rule (`_rules`) as a coroutine; what the rules ask for at the same time is one pass over the
-vocabulary, so only rows on a request's own path are read. Requests are taken in chunks whose rows fit the cache.
+vocabulary, so only rows on a request's own path are read. Requests are taken in chunks whose rows fit the cache; a CPU
+takes long rows one by one, in NumPy.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import _rows_host as rows_host
 from . import _rows_torch as rows_torch
 from . import _rules as rules
-from ._rows_torch import Array, Sampling, host
+from ._draw import Array, pick
+from ._rows_torch import Sampling, host
 from .types import PLACEHOLDER, Status
 
 
@@ -42,27 +45,29 @@ class Side:
     ) -> None:
         self.values, self.sampling, self.vocab, self.bitmask = values, sampling, vocab, bitmask
         self.ids: torch.Tensor | None = None
-        ordered = False
+        self._columns: rows_host.Columns | None = None
+        plain = None if sampling is None or bitmask is not None else sampling.plain
         if ids is not None:
             low, high, ascend = rows_torch.span(ids)
             self.known = None if low >= 0 and high < vocab else ids.ge(0) & ids.lt(vocab)
             self.ids = ids if self.known is None else torch.where(self.known, ids, 0)
-            ordered = ascend and self.known is None and ids.is_cpu
-            self._ids_on_host = host(self.ids) if ordered else None
-        # 1 / temperature, where that is all there is to do
-        plain = sampling is not None and bitmask is None and (ids is None or ordered)
-        self.plain = sampling.plain if sampling is not None and plain else None
-        # the same rows for NumPy, which is sooner at each
-        self._arrays = host(values) if self.plain and values.is_cpu and values.dtype == torch.float32 else None
-        self.greedy = sampling is not None and sampling.greedy and bitmask is None and ids is None and values.is_cpu
+            if plain is not None and ascend and self.known is None and ids.is_cpu:
+                self._columns = rows_host.Columns(host(ids))
+            else:
+                plain = None
+        # on the host, 1 / temperature where that is all there is to do, and the same rows for NumPy
+        self._plain = plain
+        self._arrays = host(values) if values.is_cpu and values.dtype == torch.float32 else None
+        self._greedy = sampling is not None and sampling.greedy and bitmask is None and ids is None
         self.rows = None if rows is None else host(rows)
         self._row_lists = [] if self.rows is None else self.rows.tolist()
 
     def outside(self, lowest: int) -> Array | None:
         """`[batch, nodes]` bool: nodes whose row number is below `lowest` or too large; None if there are none."""
+        if self.rows is None:
+            return None
         if all(min(row) >= lowest and max(row) < len(self.values) for row in self._row_lists):
             return None
-        assert self.rows is not None
         return (self.rows < lowest) | (self.rows >= len(self.values))
 
     def _place(self, request: int, node: int) -> int | tuple[int, int]:
@@ -81,24 +86,20 @@ class Side:
             return self.values[torch.tensor(requests, device=device), torch.tensor(nodes, device=device)]
         return self.values[torch.from_numpy(self.rows[requests, nodes].astype(np.int64)).to(device)]
 
-    def law(self, request: int, node: int, room: rows_torch.Law) -> rows_torch.Law | Status:
-        """The law after a node: in `room`, where it lies if nothing has to be done to it, or over the columns alone."""
-        if self.plain is not None:
-            if self.ids is not None:
-                assert self._ids_on_host is not None
-                columns = torch.empty(len(self.ids), dtype=torch.float32, device=self.values.device)
-                room = rows_torch.Columns(columns, self.ids, self._ids_on_host)
-            row = self.row(request, node) if self._arrays is None else self._arrays[self._place(request, node)]
-            status = rows_torch.plain_law(row, self.plain, room)
-            return room if status is None else status
-        if self.greedy:
-            status = rows_torch.greedy_law(self.row(request, node), room)
-            return room if status is None else status
-        if self.sampling is None and self.ids is None and self.values.dtype == torch.float32:
-            return rows_torch.Law(self.row(request, node))
-        found = self.load([request], [node], room.row[None], None)
-        room.total = 1.0
-        return room if found is None else found[0]
+    def law(self, request: int, node: int, space: rows_host.Space) -> rows_host.Law | Status:
+        """The law after a node, on the host: in `space`, where it lies if nothing is to be done, or over `ids`."""
+        place = self._place(request, node)
+        if self._plain is not None:
+            row = self.values[place] if self._arrays is None else self._arrays[place]
+            out = self._columns or space
+            return rows_host.plain_law(row, self._plain, out) or out
+        if self._greedy:
+            return rows_host.greedy_law(self.values[place], space) or space
+        if self.sampling is None and self.ids is None and self._arrays is not None:
+            return rows_host.Law(self._arrays[place])
+        found = self.load([request], [node], space.tensor[None], None)
+        space.total = 1.0
+        return found[0] if found else space
 
     def load(
         self, requests: list[int], nodes: list[int], buffer: torch.Tensor, slots: list[int] | None
@@ -165,13 +166,11 @@ class Batch:
         self.computed = target.sampling is not None and (draft is None or draft.sampling is not None)
         self.max_depth = max_depth
         self.points = None if point_nodes is None else np.broadcast_to(host(point_nodes), tokens.shape)
-        self.tokens, self.uniforms = host(tokens), host(uniforms)
         # as lists: few numbers are looked at sooner one by one
-        self.token_lists: list[list[int]] = self.tokens.tolist()
-        self.uniform_lists: list[list[float]] = self.uniforms.tolist()
+        self.token_lists: list[list[int]] = tokens.tolist()
+        self.uniform_lists: list[list[float]] = uniforms.tolist()
         self.vocab = target.vocab
-        rows = host(parents).tolist()
-        rows = [rows] if parents.dim() == 1 else rows
+        rows = parents.tolist() if parents.dim() == 2 else [parents.tolist()]
         self._topologies = [_topology(tuple(row)) for row in rows]
 
     def topology(self, request: int) -> list[list[int]] | None:
@@ -186,10 +185,16 @@ class Batch:
         rows = self.target.rows
 
         def children(node: int, depth: int) -> list[rules.Child]:
-            if depth >= deepest:
-                return []
-            found = [(i, x if 0 <= (x := tokens[i]) < vocab else rules.MISSING) for i in topology[node]]
-            return found if any(x != rules.MISSING for _, x in found) else []
+            found, some = [], False
+            if depth < deepest:
+                for child in topology[node]:
+                    x = tokens[child]
+                    if 0 <= x < vocab:
+                        some = True
+                    else:
+                        x = rules.MISSING
+                    found.append((child, x))
+            return found if some else []
 
         def is_virtual(node: int) -> bool:
             return rows is not None and bool(rows[request, node] < 0)
@@ -200,13 +205,22 @@ class Batch:
 
     def faults(self) -> Array | None:
         """`[batch]` int32: the status bits that need no row; None if there are none at all."""
-        batch = len(self.tokens)
+        batch = len(self.token_lists)
         found: list[tuple[Status, Any]] = []
         if batch == 0:
             return None
-        if any(max(row) >= self.vocab or min(row) < rules.MISSING for row in self.token_lists):
-            wrong = (self.tokens < rules.MISSING) | (self.tokens >= self.vocab)
+        vocab, of_no_token, no_coin = self.vocab, False, False
+        for tokens, coins in zip(self.token_lists, self.uniform_lists, strict=True):
+            of_no_token |= max(tokens) >= vocab or min(tokens) < rules.MISSING
+            # a sum is NaN where one of the numbers is
+            no_coin |= not (min(coins) >= 0.0 and max(coins) < 1.0 and sum(coins) >= 0.0)
+        if of_no_token:
+            every = np.array(self.token_lists)
+            wrong = (every < rules.MISSING) | (every >= vocab)
             found.append((Status.BAD_TOKEN, (wrong & self._in_use())[:, 1:].any(1)))
+        if no_coin:
+            uniforms = np.array(self.uniform_lists)
+            found.append((Status.BAD_UNIFORM, ~((uniforms >= 0) & (uniforms < 1)).all(1)))
         if None in self._topologies:
             found.append((Status.BAD_TREE, [self.topology(request) is None for request in range(batch)]))
         rows = self.target.rows
@@ -216,13 +230,9 @@ class Batch:
             found.append((Status.BAD_TREE, (outside & self._in_use()).any(1)))
         if self.draft is not None and (outside := self.draft.outside(0)) is not None:
             found.append((Status.BAD_TREE, (outside & self._inner()).any(1)))  # no other row is read
-        # a sum is NaN where one of the numbers is
-        if not all(min(row) >= 0.0 and max(row) < 1.0 and sum(row) >= 0.0 for row in self.uniform_lists):
-            found.append((Status.BAD_UNIFORM, ~((self.uniforms >= 0) & (self.uniforms < 1)).all(1)))
         for side in (self.target, self.draft):
-            if side is not None and side.sampling is not None:
+            if side is not None and side.sampling is not None and side.sampling.plain is None:
                 found.append((Status.BAD_SAMPLING, side.sampling.out_of_range()))
-        found = [(bit, where) for bit, where in found if where is not False]
         if not found:
             return None
         status = np.zeros(batch, np.int32)
@@ -234,7 +244,7 @@ class Batch:
 
     def _in_use(self) -> Array:
         """`[batch, nodes]` bool: the root and every node that is no padding."""
-        used = np.zeros(self.tokens.shape, bool)
+        used = np.zeros((len(self.token_lists), len(self.token_lists[0])), bool)
         for request in range(len(used)):
             for siblings in self.topology(request) or ():
                 used[request, siblings] = True
@@ -243,7 +253,7 @@ class Batch:
 
     def _inner(self) -> Array:
         """`[batch, nodes]` bool: nodes with candidates, which virtual ones never have."""
-        inner = np.zeros(self.tokens.shape, bool)
+        inner = np.zeros((len(self.token_lists), len(self.token_lists[0])), bool)
         for request, tokens in enumerate(self.token_lists):
             for node, siblings in enumerate(self.topology(request) or ()):
                 inner[request, node] = any(0 <= tokens[child] < self.vocab for child in siblings)
@@ -320,16 +330,17 @@ _INFINITY = float("inf")
 
 
 class _Alone:
-    """Answers one request's rule: the schedule for long rows, where a pass is worth more than a batch of them."""
+    """Answers one request's rule: the schedule for long rows on a CPU, where a pass is worth more than batching."""
 
-    def __init__(self, batch: Batch, room: rows_torch.Buffers) -> None:
-        self.batch, self.room = batch, room
-        self.p, self.q = room.first_p, room.first_q
+    def __init__(self, batch: Batch, space: rows_host.Workspace) -> None:
+        self.batch, self.space = batch, space
+        self.p: rows_host.Law = space.p
+        self.q: rows_host.Law = space.q
 
     def run(self, walk: Walk, outputs: _Outputs) -> None:
         """Run the rule to its end."""
         send, wants = walk.rule.send, walk.wants
-        room = self.room
+        weights = self.space.weights
         held: Any = None  # what the weights hold, in units of
         unit = 1.0
         masses: list[float]
@@ -342,9 +353,9 @@ class _Alone:
                     answer = self._rows(walk.request, wants)
                 else:
                     if held != wants:
-                        if self.p is not room.first_weights:
-                            unit = rows_torch.fill(self.p, self.q, wants, room.first_weights.row)
-                        masses = room.sum_blocks()
+                        if self.p is not weights:
+                            unit = rows_host.fill(self.p, self.q, wants, weights)
+                        masses = weights.masses()
                         held = wants
                     if kind is rules.Mass:
                         answer = mass_of(sum(masses) / unit, wants)
@@ -352,7 +363,7 @@ class _Alone:
                         answer = Status.NAN_ROW
                     else:
                         u = walk.tree.uniforms
-                        answer = room.draw(masses, u[-2], u[-1])
+                        answer = pick(masses, weights.blocks, u[-2], u[-1])
                 if isinstance(answer, Status):
                     return outputs.end(walk.request, walk.tree.path, PLACEHOLDER, int(answer))
                 wants = send(answer)
@@ -362,7 +373,7 @@ class _Alone:
     def _rows(self, request: int, wants: rules.Rows) -> tuple[list[float], list[float]] | Status:
         node, tokens = wants
         # of a leaf nothing is asked but a draw from p itself
-        p = self.batch.target.law(request, node, self.room.first_p if tokens else self.room.first_weights)
+        p = self.batch.target.law(request, node, self.space.p if tokens else self.space.weights)
         if isinstance(p, Status):
             return p
         self.p = p
@@ -371,7 +382,7 @@ class _Alone:
         p_at = p.at(tokens)
         if self.batch.draft is None:
             return (p_at, p_at) if self.batch.computed or sound(p_at) else Status.NAN_ROW
-        q = self.batch.draft.law(request, node, self.room.first_q)
+        q = self.batch.draft.law(request, node, self.space.q)
         if isinstance(q, Status):
             return q
         self.q = q
@@ -504,8 +515,8 @@ def run(
         todo = np.flatnonzero(~refused).tolist()
     device = target_logits.device
     size = rows_torch.chunk_rows(vocab) if answers is None else max(len(todo), 1)
-    if size == 1 and answers is None:
-        alone = _Alone(work, rows_torch.buffers(1, vocab, device))
+    if size == 1 and device.type == "cpu" and answers is None:
+        alone = _Alone(work, rows_host.workspace(vocab))
         for request in todo:
             tree = work.tree(request)
             alone.run(Walk(request, tree, program(tree, proposal)), outputs)

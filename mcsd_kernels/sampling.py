@@ -70,6 +70,8 @@ def pack(
     if not isinstance(sampling, SamplingParams):
         raise ValueError(f"{name}: expected SamplingParams, got {type(sampling).__name__}")
     values = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    if _NUMBERS.issuperset(map(type, values)):
+        return list(map(float, values)), [None] * len(values)
     numbers: list[float] = []
     tensors: list[torch.Tensor | None] = []
     for field, value in zip(RANGES, values, strict=True):
@@ -86,3 +88,6 @@ def pack(
         numbers.append(0.0)
         tensors.append(value)
     return numbers, tensors
+
+
+_NUMBERS = frozenset({int, float})

@@ -130,14 +130,15 @@ def verify(
     shared = isinstance(parents, torch.Tensor) and parents.dim() == 1
     check.tensor("parents", parents, (nodes,) if shared else (batch, nodes), check.INTEGERS)
     check.tensor("uniforms", uniforms, (batch, nodes + 2), (torch.float32,))
-    same = {"draft_logits": draft_logits, "tokens": tokens, "parents": parents, "uniforms": uniforms}
-    same |= {"target_rows": target_rows, "draft_rows": draft_rows, "draft_ids": draft_ids}
     if point_nodes is not None:
         one_tree = isinstance(point_nodes, torch.Tensor) and point_nodes.dim() == 1
         check.tensor("point_nodes", point_nodes, (nodes,) if one_tree else (batch, nodes), (torch.bool,))
     if bitmask is not None:
         check.tensor("bitmask", bitmask, (batch, nodes, -(-vocab // 32) if group is None else None), (torch.int32,))
-    check.same_device("target_logits", target_logits, same | {"point_nodes": point_nodes, "bitmask": bitmask})
+    same = {"draft_logits": draft_logits, "tokens": tokens, "parents": parents, "uniforms": uniforms}
+    same |= {"target_rows": target_rows, "draft_rows": draft_rows, "draft_ids": draft_ids}
+    same |= {"point_nodes": point_nodes, "bitmask": bitmask}
+    check.same_device("target_logits", target_logits, same)
     if inputs == "probabilities":
         _check_unused("inputs", {"sampling": sampling, "bitmask": bitmask})
     if draft_inputs == "probabilities":
