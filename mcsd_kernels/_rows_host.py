@@ -154,7 +154,7 @@ def plain_laws(logits: torch.Tensor, scale: float, room: Room) -> list[list[floa
             for row in range(len(shallow)):
                 if shallow[row]:
                     exponential(source[row], on_host[row])
-    masses: list[list[float]] = _sum_blocks(blocks).tolist()
+        masses: list[list[float]] = _sum_blocks(blocks).tolist()
     for row, mass in enumerate(masses):
         stands = shallow[row] and _LEAST_TOTAL < sum(mass) < _MOST_TOTAL
         if not stands:
