@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import cases
+import elsewhere
 import numpy as np
 import pytest
 import torch
@@ -25,13 +26,14 @@ from mcsd_kernels import (
 BACKENDS = ["triton" if os.environ.get("TRITON_INTERPRET") == "1" else "torch"]
 
 
-def differing(case: cases.Case) -> list[int]:
-    """Requests that the backend and the oracle answer differently, close decisions apart."""
+def differing(case: cases.Case, device: str = "cpu") -> list[int]:
+    """Requests that the backend, on a device, and the oracle answer differently, close decisions apart."""
     expected, margin = reference.verify(*case.arguments, **case.options, return_margin=True)
-    got = verify(*case.arguments, **case.options)
+    there = case.to(device)
+    got = verify(*there.arguments, **there.options)
     same = torch.ones(len(margin), dtype=torch.bool)
     for a, b in zip(expected, got, strict=True):
-        same &= (a == b).reshape(len(margin), -1).all(1)
+        same &= (a == b.cpu()).reshape(len(margin), -1).all(1)
     return [b for b in range(len(margin)) if not same[b] and margin[b] > cases.NEAR]
 
 
@@ -62,6 +64,18 @@ def test_equals_the_oracle_on_long_rows(extra: str, proposal: str, rule: str) ->
     for seed in range(4):
         rng = np.random.default_rng([seed, cases.EXTRAS.index(extra)])
         assert not differing(cases.extended(rng, {extra}, **options)), seed
+
+
+@pytest.mark.parametrize("rule", cases.RULES)
+@pytest.mark.parametrize("proposal", cases.PROPOSALS)
+@pytest.mark.parametrize("extra", [None, *cases.EXTRAS])
+def test_equals_the_oracle_on_another_device(extra: str | None, proposal: str, rule: str) -> None:
+    """Long rows are NumPy's on a CPU alone."""
+    extras = {extra} if extra else set()
+    for vocab in (300, 9000):
+        rng = np.random.default_rng(vocab)
+        case = cases.extended(rng, extras, rule=rule, proposal=proposal, vocab=vocab, batch=3, nodes=6)
+        assert not differing(case, f"{elsewhere.NAME}:0"), vocab
 
 
 @pytest.mark.parametrize("rule", cases.RULES)
