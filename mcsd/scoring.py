@@ -61,6 +61,8 @@ def refusal(model: object, attention: str = "auto") -> str | None:
         return f"{type(model).__name__} is an encoder-decoder; mcsd decodes decoder-only models"
     if not model.can_generate():
         return f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM"
+    if model.dtype == torch.float64:
+        return f"{type(model).__name__} is in float64, and logits are verified in float32 at most; call float() first"
     if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return (
             f"{type(model).__name__} trains with gradient checkpointing, which takes its cache away; call eval() first"

@@ -1215,6 +1215,7 @@ def test_another_vocabulary_is_refused(llama: PreTrainedModel) -> None:
         pytest.param("falcon_alibi", "positions", id="falcon-with-alibi"),
         pytest.param("headless", "head", id="no-language-model-head"),
         pytest.param("bert", "head|decoder", id="masked-language-model"),
+        pytest.param("double", "float64", id="float64"),
     ],
 )
 def test_models_without_trees_are_refused_with_the_reason(
@@ -1229,6 +1230,8 @@ def test_models_without_trees_are_refused_with_the_reason(
         other = AutoModelForMaskedLM.from_config(BertConfig(vocab_size=VOCAB, **sizes))
     elif name == "headless":
         other = tiny().model
+    elif name == "double":
+        other = tiny().double()
     else:
         other = tiny(name)
     models_ = {"target": llama, "draft": llama, role: other}

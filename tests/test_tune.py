@@ -240,7 +240,8 @@ def test_tune_names_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
     target = tiny()
     ids = [torch.tensor([prompt(4)])]
     for options, message in (
-        ({"nodes": 1}, "nodes: expected a whole number >= 2"),
+        ({"nodes": 1}, r"nodes: expected a whole number in \[2, 512\]"),
+        ({"nodes": 513}, r"nodes: expected a whole number in \[2, 512\]"),
         ({"proposals": ["greedy"], "temperature": 0.0}, "proposals: expected some of point"),
         ({"draft": "ngram"}, "draft: expected a model, whose trees can be chosen"),
         ({"prompts": []}, "prompts: expected at least one"),

@@ -18,7 +18,7 @@ from ..checking import unwrapped
 from ..drafters import Drafter
 from ..placement import input_device, input_vocab, text_limit
 from ..profile import Ladder, Profile
-from ..trees import check_branching, parents_of
+from ..trees import LARGEST_TREE, check_branching, parents_of
 from .measure import (
     Contender,
     context_length,
@@ -97,7 +97,7 @@ def tune(
         target: the model.
         draft: a smaller model with the same vocabulary, or a drafter that takes any tree (`with_tree`).
         prompts: `[1, length]` int64 each, on the target's device.
-        nodes: of the largest tree considered.
+        nodes: of the largest tree considered, at most 512.
         depth: of the deepest; at most what the drafter allows.
         width: most children of a node, at most 128 and the vocabulary.
         tokens: written after each prompt, when recording and when measuring.
@@ -119,7 +119,8 @@ def tune(
 
     Source: Chen et al., "Sequoia", arXiv 2402.12374 (search by dynamic programming, with the hardware's costs).
     """
-    for name, value, least in (("nodes", nodes, 2), ("depth", depth, 1), ("tokens", tokens, 8)):
+    check.whole("nodes", nodes, 2, LARGEST_TREE // 2)  # costs are measured up to the next power of 2
+    for name, value, least in (("depth", depth, 1), ("tokens", tokens, 8)):
         check.whole(name, value, least)
     check.whole("width", width, 1, min(WIDEST, input_vocab(target)))
     if measured_prompts is not None:
