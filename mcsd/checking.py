@@ -111,6 +111,8 @@ def check(model: PreTrainedModel, *, attention: str = "auto", prefix: int = 12, 
             f"{type(model).__name__} scores a tree differently from plain text: "
             f"logits differ by {difference:.3g}, {tolerance:.3g} is rounding"
         )
+        if any(module.training for module in model.modules()):
+            reason += "; some of it is in training mode, which may add noise: call eval() first"
         return Check(False, route, difference, tolerance, reason, largest)
     return Check(True, route, difference, tolerance, largest=largest)
 

@@ -92,7 +92,8 @@ def generate(
         input_ids: `[batch, length]` int64 prompts, padded on either side.
         attention_mask: `[batch, length]`, 1 at tokens and 0 at padding. None: every column counts, unless the model has
             a padding token that is no end-of-sequence token and occurs.
-        branching: children of a tree node at depth 0, 1, ...; at most 1,024 nodes in all.
+        branching: children of a tree node at depth 0, 1, ...; at most 1,024 nodes in all. For "ngram" the first number
+            is that of the continuations.
         max_new_tokens: of each request; never overshot.
         temperature, top_k, top_p, min_p: see `mcsd_kernels.SamplingParams`; numbers or `[batch]` tensors. They act on
             target and draft alike. The model's own generation configuration is only asked for its special tokens.
@@ -165,10 +166,11 @@ def generate(
     longest = max(map(len, prompts))
     config = target.config.get_text_config(decoder=True)
     positions = text_limit(target)
+    left = (positions or 0) - longest
     if positions and longest + max_new_tokens > positions:
         raise ValueError(
             f"max_new_tokens: expected a prompt of {longest} tokens and {max_new_tokens} new ones to fit the model's "
-            f"{positions} positions; shorten the prompt or ask for at most {max(positions - longest, 0)}"
+            f"{positions} positions; shorten the prompt{f' or ask for at most {left}' if left > 0 else ''}"
         )
     special = target.generation_config
     eos = _token_ids("eos_token_id", eos_token_id, special.eos_token_id)
@@ -287,7 +289,7 @@ def _process(processors: LogitsProcessorList, output: _Output, logits: torch.Ten
             if not isinstance(after, torch.Tensor) or after.shape != before.shape:
                 got = list(after.shape) if isinstance(after, torch.Tensor) else _what(after)
                 raise ValueError(f"logits_processor: expected logits {list(before.shape)} back, got {got}")
-            processed[request, same] = after
+            processed[request, same] = after.to(processed)
     return processed
 
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from mcsd.bundled import DEFAULT_DRAFT, DEFAULT_TARGET
 from mcsd.draft_model import load_draft
 from mcsd.drafters import Drafter
+from mcsd_kernels import _checks as check
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def load_target(
     Raises:
         ModuleNotFoundError: the default was asked for, and the package with its weights is not installed.
         RuntimeError: that package does not hold the expected file.
-        ValueError: `dtype` names no floating-point dtype.
+        ValueError: see `resolve_dtype`.
     """
     dtype = resolve_dtype(dtype, device)
     source = str(_bundled_target()) if name_or_path == DEFAULT_TARGET else name_or_path
@@ -74,7 +75,7 @@ def default_pair(
     Raises:
         ModuleNotFoundError: the package with the target's weights is not installed.
         RuntimeError: that package does not hold the expected file.
-        ValueError: `dtype` names no floating-point dtype.
+        ValueError: see `resolve_dtype`.
     """
     target, tokenizer = load_target(DEFAULT_TARGET, dtype=dtype, device=device)
     return target, load_draft(DEFAULT_DRAFT, target), tokenizer
@@ -88,10 +89,10 @@ def resolve_dtype(dtype: str | torch.dtype, device: str | torch.device = "cpu") 
         device: where the model will run.
 
     Returns:
-        A floating-point dtype.
+        float32, bfloat16 or float16, which logits are verified in.
 
     Raises:
-        ValueError: `dtype` names no floating-point dtype.
+        ValueError: `dtype` names none of them.
     """
     if dtype == "auto":
         kind = torch.device(device).type
@@ -103,8 +104,8 @@ def resolve_dtype(dtype: str | torch.dtype, device: str | torch.device = "cpu") 
             faster = True
         return torch.bfloat16 if faster else torch.float32
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
-        raise ValueError(f'dtype: expected "auto" or a floating-point dtype, got {dtype!r}')
+    if not isinstance(resolved, torch.dtype) or resolved not in check.FLOATS:
+        raise ValueError(f'dtype: expected "auto", float32, bfloat16 or float16, got {dtype!r}')
     return resolved
 
 

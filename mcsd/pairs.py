@@ -417,6 +417,10 @@ def loading(role: str, name: str) -> Iterator[None]:
         if re.match(r"[a-z_]+: ", str(error)):  # one of ours, which names its argument
             raise
         raise ValueError(f"{role}: cannot load {name}: {_first_line(error)}") from error
+    except (RuntimeError, ImportError):  # what is missing on this machine, in words of its own
+        raise
+    except Exception as error:  # a configuration may fail in any way
+        raise ValueError(f"{role}: cannot load {name}: {type(error).__name__}: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -58,8 +58,7 @@ def step(
         phase: a context for each of the four parts, by name.
     """
     with phase("draft"):
-        tree = drafter.propose(state)
-        _check_proposal(tree, state, drafter.proposal)
+        tree = _rooted(drafter.propose(state), state, drafter.proposal)
     with phase("score"):
         logits = _score(scorer, state, tree)
     with phase("verify"):
@@ -182,8 +181,14 @@ def _verify(logits: torch.Tensor, state: State, tree: Proposal, proposal: str, r
     )
 
 
-def _check_proposal(tree: Proposal, state: State, proposal: str) -> None:
-    """A custom drafter's mistakes, named before they become an error deep in a model."""
+def _rooted(tree: Proposal, state: State, proposal: str) -> Proposal:
+    """The proposal with the texts' last tokens as roots; a custom drafter's mistakes are named.
+
+    Before they become an error deep in a model, or, as another root would, a text that is not the target's. What only
+    a device can see is put right there.
+    """
+    if not isinstance(tree, Proposal):
+        raise ValueError(f"Drafter.propose: expected a Proposal, got {type(tree).__name__}")
     batch = len(state.sequences)
     tokens, parents = tree.tokens, tree.parents
     if tokens.dim() != 2 or tokens.shape[0] != batch or tokens.shape[1] == 0 or tokens.dtype != torch.int64:
@@ -201,6 +206,13 @@ def _check_proposal(tree: Proposal, state: State, proposal: str) -> None:
         raise ValueError(f"Proposal.tokens: expected at most {LARGEST_TREE} nodes, got {nodes}")
     if proposal != "point" and tree.draft_logits is None:
         raise ValueError(f'Proposal.draft_logits: expected a tensor for proposal "{proposal}", got None')
+    if not tokens.is_cpu:
+        return replace(tree, tokens=torch.cat([state.tail[:, 1:], tokens[:, 1:]], 1))
+    if not isinstance(state.step, torch.Tensor) and not torch.compiler.is_compiling():
+        wanted, got = [text[-1] for text in state.sequences], tokens[:, 0].tolist()
+        if got != wanted:
+            raise ValueError(f"Proposal.tokens: expected the texts' last tokens in column 0, {wanted}, got {got}")
+    return tree
 
 
 def coins_of(state: State, tree: Proposal) -> torch.Tensor:

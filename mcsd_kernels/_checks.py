@@ -25,7 +25,7 @@ def tensor(name: str, value: Any, shape: Sequence[int | None], dtypes: Sequence[
 
 
 def _fits(got: Sequence[int], wanted: Sequence[int | None]) -> bool:
-    """Whether a shape is the one wanted, as far as that says something."""
+    """Whether a shape is the one wanted, whose None stands for any size."""
     if len(got) != len(wanted):
         return False
     for w, size in zip(wanted, got, strict=True):  # noqa: SIM110 - a third of the time of all()

@@ -26,11 +26,16 @@ def operator(schema: str, implementation: Callable[..., Any], fake: Callable[...
     packet: Callable[..., Any] = getattr(torch.ops.mcsd_kernels, name).default
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not _plain(arguments):
+        if torch.compiler.is_compiling() or _is_watched() or not _plain(arguments):
             return packet(*arguments)
         return implementation(*arguments)
 
     return call
+
+
+def _is_watched() -> bool:
+    """Whether a mode, or one of `torch.func`'s transforms, has tensors of its own that look like ordinary ones."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ from .types import DRAW_BLOCK, Status
 
 
 class Law:
-    """A row of probabilities times a number, `total`, where it lies.
+    """A row, where it lies, whose entries divided by `total` are probabilities.
 
     Args:
         row: `[vocab]` f32.
@@ -44,11 +44,11 @@ class Space(Law):
     """
 
     def __init__(self, vocab: int) -> None:
-        memory = np.zeros(padded(vocab), np.float32)
-        super().__init__(memory[:vocab])
         with torch.inference_mode(False):  # what is made inside inference mode could not be written outside it
-            self.tensor = torch.from_numpy(self.row)
-        self.blocks = memory.reshape(-1, min(len(memory), DRAW_BLOCK))
+            memory = torch.zeros(padded(vocab))  # aligned for vectors, as NumPy's is not
+            self.tensor = memory[:vocab]
+        super().__init__(self.tensor.numpy())
+        self.blocks = memory.numpy().reshape(-1, min(len(memory), DRAW_BLOCK))
         self._masses = np.empty(len(self.blocks), np.float32)
 
     def masses(self) -> list[float]:
@@ -120,7 +120,7 @@ def plain_law(logits: torch.Tensor | Array, scale: float, out: Space) -> Status 
     """
     # few passes instead of softmax's: the total says whether the largest logit had to be known first
     unit, exponential = _exponential(len(out.row))
-    exponents = _scaled(logits, scale * unit, out.tensor, out.row)
+    exponents = _exponents(logits, scale * unit, out.tensor, out.row)
     if _is_shallow(exponents, unit):
         exponential(exponents, out.row)
         out.total = sum(out.masses())
@@ -134,7 +134,7 @@ def plain_laws(logits: torch.Tensor, scale: float, room: Room) -> list[list[floa
     """`plain_law` of several rows on the CPU; each comes out as it would by itself.
 
     Args:
-        logits: `[rows, vocab]` f16, bf16 or f32; not written.
+        logits: `[rows, vocab]` f16, bf16 or f32; not written. As there, the caller silences NumPy's warnings.
         scale: 1 / temperature.
         room: of as many rows, on the CPU; its weights get the laws.
 
@@ -144,17 +144,16 @@ def plain_laws(logits: torch.Tensor, scale: float, room: Room) -> list[list[floa
     out, _, on_host, blocks = room
     assert on_host is not None and blocks is not None
     unit, exponential = _exponential(logits.shape[1])
-    with np.errstate(all="ignore"):
-        source = host(logits) if logits.dtype == torch.float32 else logits
-        source = _scaled(source, scale * unit, out, on_host)
-        shallow = [_is_shallow(row, unit) for row in source]
-        if all(shallow):
-            exponential(source, on_host)
-        else:  # the other rows are done below
-            for row in range(len(shallow)):
-                if shallow[row]:
-                    exponential(source[row], on_host[row])
-        masses: list[list[float]] = _sum_blocks(blocks).tolist()
+    source = host(logits) if logits.dtype == torch.float32 else logits
+    source = _exponents(source, scale * unit, out, on_host)
+    shallow = [_is_shallow(row, unit) for row in source]
+    if all(shallow):
+        exponential(source, on_host)
+    else:  # the other rows are done below
+        for row in range(len(shallow)):
+            if shallow[row]:
+                exponential(source[row], on_host[row])
+    masses: list[list[float]] = _sum_blocks(blocks).tolist()
     for row, mass in enumerate(masses):
         stands = shallow[row] and _LEAST_TOTAL < sum(mass) < _MOST_TOTAL
         if not stands:
@@ -163,7 +162,7 @@ def plain_laws(logits: torch.Tensor, scale: float, room: Room) -> list[list[floa
     return masses
 
 
-def _scaled(logits: torch.Tensor | Array, scale: float, out: torch.Tensor, on_host: Array) -> Array:
+def _exponents(logits: torch.Tensor | Array, scale: float, out: torch.Tensor, on_host: Array) -> Array:
     """logits * scale in float32: in `out`, or the logits themselves if nothing has to be done to them.
 
     Args:

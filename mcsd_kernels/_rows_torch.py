@@ -91,8 +91,12 @@ class Sampling:
 
 def host(tensor: torch.Tensor) -> Array:
     """`tensor` as a NumPy array: a view on the CPU, a copy from any other device."""
-    array: Array = tensor.numpy(force=True) if tensor.requires_grad or not tensor.is_cpu else tensor.numpy()
-    return array
+    if tensor.requires_grad or not tensor.is_cpu:
+        return tensor.numpy(force=True)
+    try:
+        return tensor.numpy()
+    except RuntimeError:  # its sign, or its being zero, is not in its memory
+        return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor).numpy()
 
 
 def chunk_rows(vocab: int) -> int:
@@ -304,7 +308,7 @@ def _one_hot(logits: torch.Tensor, index: Array, out: torch.Tensor) -> None:
 def first_argmax(rows: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
     """`[rows]` int64: the lowest index that holds the row's maximum `top`; NumPy's is vectorised, torch's is not."""
     if rows.device.type == "cpu":
-        return torch.from_numpy(rows.numpy().argmax(-1))
+        return torch.from_numpy(host(rows).argmax(-1))
     return (rows == top[:, None]).to(torch.uint8).argmax(-1)
 
 

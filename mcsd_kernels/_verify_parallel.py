@@ -161,8 +161,7 @@ class _Apart(Together):
             wanted = sampling.top_p * self.ranks.sum(host(mass.sum(-1)))
             floor = np.where(on & (sampling.top_p < 1), self._search(keys, mass, floor, wanted), floor)
         if (on & (sampling.min_p > 0)).any():
-            with np.errstate(divide="ignore"):
-                cut = top + np.log(np.where(sampling.min_p > 0, sampling.min_p, 1.0)) / scale
+            cut = top + np.log(np.where(sampling.min_p > 0, sampling.min_p, 1.0)) / scale
             low = host(_keys(torch.from_numpy(cut.astype(np.float32))))
             floor = np.where(on & (sampling.min_p > 0), np.maximum(floor, low), floor)
         return floor
@@ -268,13 +267,14 @@ def verify(
     )
     if bitmask is not None and bitmask.shape[-1] != -(-ranks.vocab // 32):
         raise ValueError(f"bitmask: expected {-(-ranks.vocab // 32)} words for all ranks, got {bitmask.shape[-1]}")
-    return run(
-        target_logits,
-        draft_logits,
-        tokens,
-        parents,
-        uniforms,
-        *others,
-        vocab=ranks.vocab,
-        answers=lambda batch, walks: _Apart(batch, walks, ranks),
-    )
+    with np.errstate(all="ignore"):  # as in `verify` by itself
+        return run(
+            target_logits,
+            draft_logits,
+            tokens,
+            parents,
+            uniforms,
+            *others,
+            vocab=ranks.vocab,
+            answers=lambda batch, walks: _Apart(batch, walks, ranks),
+        )

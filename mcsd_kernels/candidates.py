@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import _candidates_torch
@@ -78,7 +79,8 @@ def _draw_candidates(*arguments: Any) -> torch.Tensor:
         from . import _candidates_triton  # only here may triton be imported
 
         return _candidates_triton.draw_candidates(*rest)
-    return _candidates_torch.draw_candidates(*rest)
+    with np.errstate(all="ignore"):  # as in `verify`
+        return _candidates_torch.draw_candidates(*rest)
 
 
 def _fake(

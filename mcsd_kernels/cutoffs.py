@@ -54,8 +54,9 @@ def _row_cutoffs(
         todo = np.flatnonzero(~np.asarray(sampling.out_of_range()) & (sampling.temperature > 0) & np.isfinite(top))
         if todo.size:
             some = sampling.take(todo.tolist())
-            scale = (1.0 / some.temperature).astype(np.float32)
-            cut[todo] = rows_torch.cutoffs(rows_torch.take(logits, todo).float(), scale, some)
+            with np.errstate(all="ignore"):  # as in `verify`
+                scale = (1.0 / some.temperature).astype(np.float32)
+                cut[todo] = rows_torch.cutoffs(rows_torch.take(logits, todo).float(), scale, some)
     return torch.from_numpy(cut).to(logits.device)
 
 

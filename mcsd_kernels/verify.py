@@ -149,7 +149,7 @@ def verify(
         draft_numbers, draft_tensors = pack("draft_sampling", draft_sampling, batch, target_logits.device)
     if max_depth is None:
         max_depth = nodes - 1
-    max_depth = check.whole("max_depth", max_depth, 0)
+    max_depth = check.whole("max_depth", max_depth, 0, 2**31 - 2)
     check.choice("backend", backend, (None, *BACKENDS))
 
     if group is not None:

@@ -130,6 +130,7 @@ def test_defaults_are_the_library_s() -> None:
         pytest.param(["--top-p", "1.5"], "top_p: expected", id="top-p-above-1"),
         pytest.param(["--temperature", "-1"], "temperature: expected", id="negative-temperature"),
         pytest.param(["--dtype", "fp7"], "dtype: expected", id="dtype"),
+        pytest.param(["--dtype", "float8_e4m3fn"], "dtype: expected", id="dtype-that-is-not-verified"),
         pytest.param(["--device", "abacus"], "device: expected", id="device"),
         pytest.param(["--target", "./nowhere"], "target: expected a model's folder", id="no-such-folder"),
         pytest.param(["--draft", "no-such-model"], "draft: cannot load no-such-model", id="no-such-name"),
@@ -177,6 +178,12 @@ def test_empty_prompt_is_refused(pair_options: list[str]) -> None:
 def test_what_is_out_of_range_is_refused_before_a_model_is_loaded() -> None:
     line = failure(call("generate", "--target", "./nowhere", "--top-p", "0", "Hello"))
     assert "top_p: expected a value in (0.0, 1.0], got 0.0" in line
+
+
+def test_a_configuration_of_the_wrong_types(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": "x"}')
+    line = failure(call("generate", "--target", str(tmp_path), "--draft", "ngram", "Hello"))
+    assert f"target: cannot load {tmp_path}: StrictDataclass" in line
 
 
 def test_chat_needs_a_template(folders: dict[str, Path]) -> None:

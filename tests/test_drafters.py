@@ -7,6 +7,7 @@ import itertools
 from types import SimpleNamespace
 from typing import Any
 
+import elsewhere
 import numpy as np
 import pytest
 import torch
@@ -555,13 +556,40 @@ def test_a_wrong_proposal_is_named(llama: PreTrainedModel) -> None:
         def propose(self, state: State) -> Proposal:
             return Proposal(torch.zeros(5, 3, dtype=torch.long), torch.tensor([-1, 0, 0]), 1)
 
+    class Nothing(Drafter):
+        def propose(self, state: State) -> Proposal:
+            return None  # type: ignore[return-value]
+
     class Unknown(Repeats):
         proposal = "sampled"
 
+    with pytest.raises(ValueError, match=r"Drafter\.propose: expected a Proposal, got NoneType"):
+        mcsd.generate(llama, Nothing(), *pad(PROMPTS), max_new_tokens=3)
     with pytest.raises(ValueError, match="tokens"):
         mcsd.generate(llama, Wrong(), *pad(PROMPTS), max_new_tokens=3)
     with pytest.raises(ValueError, match="proposal"):
         mcsd.generate(llama, Unknown(), *pad(PROMPTS), max_new_tokens=3)
+
+
+class AnotherRoot(Drafter):
+    """Trees that begin with a token of its own."""
+
+    def propose(self, state: State) -> Proposal:
+        tokens = [[9, 3, text[-1]] for text in state.sequences]
+        return Proposal(torch.tensor(tokens, device=state.device), torch.tensor([-1, 0, 0], device=state.device), 1)
+
+
+def test_a_root_that_is_not_the_texts_last_token(llama: PreTrainedModel) -> None:
+    """It would be another text that is verified; what only a device can see is put right there."""
+    ids, mask = pad(PROMPTS)
+    with pytest.raises(ValueError, match=r"Proposal\.tokens: expected the texts' last tokens .* got \[9, 9, 9\]"):
+        mcsd.generate(llama, AnotherRoot(), ids, mask, max_new_tokens=3)
+    device = f"{elsewhere.NAME}:0"
+    there = elsewhere.moved(copy.deepcopy(llama), device)
+    found = mcsd.generate(
+        there, AnotherRoot(), ids.to(device), mask.to(device), max_new_tokens=12, temperature=0.0
+    ).sequences
+    assert torch.equal(found.cpu(), greedy(llama, ids, mask, 12))
 
 
 def test_a_drafters_broken_logits_end_no_neighbour(llama: PreTrainedModel) -> None:

@@ -142,20 +142,20 @@ def test_trees_may_reach_past_the_last_position(name: str, size: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_with_logits_processors(name: str) -> None:
     model = tiny(name)
-    ids, mask = pad(PROMPTS)
-    plain = greedy(model, ids, mask, NEW)
-    processors = [
-        RepetitionPenaltyLogitsProcessor(1.3),
-        NoRepeatNGramLogitsProcessor(2),
-        SuppressTokensLogitsProcessor(sorted(set(plain[0, -5:].tolist())), device="cpu"),
-    ]
-    wanted = greedy(model, ids, mask, NEW, processors)
-    assert not torch.equal(wanted, plain)
     drafter = perturbed(model)
-    found = mcsd.generate(
-        model, drafter, ids, mask, max_new_tokens=NEW, temperature=0.0, branching=(3, 2, 1), logits_processor=processors
-    )
-    assert torch.equal(found.sequences, wanted)
+    for prompts in (PROMPTS[:1], PROMPTS):
+        ids, mask = pad(prompts)
+        plain = greedy(model, ids, mask, NEW)
+        processors = [
+            RepetitionPenaltyLogitsProcessor(1.3),
+            NoRepeatNGramLogitsProcessor(2),
+            SuppressTokensLogitsProcessor(sorted(set(plain[0, -5:].tolist())), device="cpu"),
+        ]
+        wanted = greedy(model, ids, mask, NEW, processors)
+        assert not torch.equal(wanted, plain)
+        options: Any = {"temperature": 0.0, "branching": (3, 2, 1), "logits_processor": processors}
+        found = mcsd.generate(model, drafter, ids, mask, max_new_tokens=NEW, **options)
+        assert torch.equal(found.sequences, wanted)
     assert partial(found.stats)
 
 
@@ -1174,6 +1174,18 @@ def test_a_logits_processor_must_return_what_it_got(
     with pytest.raises(ValueError, match=rf"^logits_processor: expected logits \[1, 97\] back, got {got}$"):
         mcsd.generate(llama, draft, IDS, MASK, logits_processor=lambda ids, scores: result(scores))
     assert (untouched(llama), untouched(draft)) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_logits_processor_may_compute_in_another_dtype(
+    dtype: torch.dtype, llama: PreTrainedModel, draft: PreTrainedModel
+) -> None:
+    options: Any = {"max_new_tokens": 12, "temperature": 0.0}
+    found = mcsd.generate(llama, draft, IDS, MASK, logits_processor=lambda ids, scores: scores.to(dtype), **options)
+    rounded = mcsd.generate(
+        llama, draft, IDS, MASK, logits_processor=lambda ids, scores: scores.to(dtype).float(), **options
+    )
+    assert torch.equal(found.sequences, rounded.sequences)
 
 
 @pytest.mark.parametrize("role", ["target", "draft"])

@@ -85,7 +85,7 @@ def test_dtype_by_name_and_as_object() -> None:
     assert models.resolve_dtype("float32") == models.resolve_dtype(torch.float32) == torch.float32
 
 
-@pytest.mark.parametrize("wrong", ["fp7", "int8", "nn", torch.int64])
+@pytest.mark.parametrize("wrong", ["fp7", "int8", "nn", torch.int64, "float64", "float8_e4m3fn"])
 def test_dtype_that_is_none_is_refused(wrong: str | torch.dtype) -> None:
     with pytest.raises(ValueError, match="dtype: expected"):
         models.resolve_dtype(wrong)

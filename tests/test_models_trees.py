@@ -160,6 +160,14 @@ def test_the_check_sees_broken_weights() -> None:
     assert not mcsd.check(model)
 
 
+def test_the_check_says_that_a_model_is_in_training_mode() -> None:
+    """Dropout is what differs then, not the model."""
+    model = tiny("gpt2", attn_pdrop=0.3, resid_pdrop=0.3, embd_pdrop=0.3).train()
+    verdict = mcsd.check(model)
+    assert not verdict and "call eval() first" in verdict.reason
+    assert mcsd.check(model.eval()) and mcsd.check(tiny().train()), "without dropout it is none of our business"
+
+
 def test_the_check_is_repeatable_and_leaves_the_model_alone() -> None:
     model = tiny()
     state = torch.random.get_rng_state()

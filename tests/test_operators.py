@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -412,3 +414,46 @@ def test_inference_mode_and_gradients_do_not_matter(vocab: int) -> None:
     for outside in (both(logits), both(logits.clone().requires_grad_())):
         for a, b in zip(inside, outside, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(0.7, top_k=5), SamplingParams(0.0)])
+@pytest.mark.parametrize("vocab", [50, 9000], ids=["short-rows", "long-rows"])
+def test_tensors_that_are_not_all_in_their_memory(vocab: int, sampling: SamplingParams) -> None:
+    """A negative view has its sign beside its memory, a ZeroTensor no memory at all; NumPy takes neither."""
+    rows = torch.randn(2, 5, vocab, generator=torch.Generator().manual_seed(0))
+    call = tree_call() | {"draft_logits": rows, "sampling": sampling}
+    for odd, plain in ((torch._neg_view(rows), -rows), (torch._efficientzerotensor(rows.shape), 0 * rows)):
+        for inputs in ("logits", "probabilities"):
+            laws = {"inputs": "probabilities", "sampling": SamplingParams()} if inputs == "probabilities" else {}
+            small = {name: value[:2] for name, value in call.items() if name in ("tokens", "uniforms")}
+            found = verify(**call | small | laws | {"target_logits": odd})
+            wanted = verify(**call | small | laws | {"target_logits": plain})
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        assert torch.equal(*(draw_candidates(x[:, 0], 2, torch.arange(2), 0, sampling=sampling) for x in (odd, plain)))
+
+
+TRANSFORMED = """
+import torch
+from mcsd_kernels import SamplingParams, verify
+torch.manual_seed(0)
+for vocab in (90, 9000, 9001):
+    for dtype in (torch.float32, torch.bfloat16):
+        for sampling in (SamplingParams(), SamplingParams(0.7, top_k=5)):
+            target, draft = torch.randn(2, 2, 5, vocab).to(dtype)
+            others = draft, torch.randint(vocab, (2, 5)), torch.tensor([-1, 0, 0, 1, 1]), torch.rand(2, 7)
+            run = lambda target: verify(target, *others, sampling=sampling).tokens
+            inside = torch.func.functionalize(run)(target)
+            assert torch.equal(inside, run(target)) and torch.equal(run(target), run(target.clone()))
+            assert int(verify(target, *others, sampling=sampling).status.sum()) == 0
+try:
+    torch.func.vmap(run)(target[None])
+except RuntimeError as error:
+    print(str(error).strip())
+"""
+
+
+def test_functional_transforms_keep_nothing() -> None:
+    """Their tensors look like ordinary ones; memory that is kept between calls would be one of them afterwards."""
+    done = subprocess.run([sys.executable, "-c", TRANSFORMED], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Batching rule not implemented for mcsd_kernels::verify" in done.stdout

@@ -157,11 +157,13 @@ def test_a_row_has_the_same_bits_beside_any_other(threads: int) -> None:
         for vocab in (1, 2, 7, 15, 16, 17, 37, 100, 700, 1500, 9000, 30_001, 70_001):
             rows = 30 * torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab)) - 20
             together = _rows_torch.buffers(3, vocab, rows.device).first(3)
-            masses = _rows_host.plain_laws(rows, 0.7, together)
+            with np.errstate(all="ignore"):
+                masses = _rows_host.plain_laws(rows, 0.7, together)
             laws = together.weights.clone()
             for row in range(3):
                 alone = _rows_torch.buffers(1, vocab, rows.device).first(1)
-                assert _rows_host.plain_laws(rows[row : row + 1], 0.7, alone) == [masses[row]]
+                with np.errstate(all="ignore"):
+                    assert _rows_host.plain_laws(rows[row : row + 1], 0.7, alone) == [masses[row]]
                 assert torch.equal(alone.weights[0], laws[row]), (vocab, row)
     finally:
         torch.set_num_threads(set_threads)

@@ -97,7 +97,8 @@ class Proposal:
     """A token tree for each request.
 
     Args:
-        tokens: `[batch, nodes]` int64; column 0 is the root, siblings in draw order, -1 a missing candidate.
+        tokens: `[batch, nodes]` int64; column 0 is the root, the text's last token (refused on a CPU if it is another,
+            put right on other devices); siblings in draw order, -1 a missing candidate.
         parents: `[nodes]` or `[batch, nodes]` int32; -1 for the root and for padding.
         depth: a bound on how deep the deepest node lies; better the same for every step.
         draft_logits: `[batch, nodes, vocab]`, or `[rows, vocab]` with `draft_rows`: what the children of each node were
