@@ -834,6 +834,7 @@ class _Request:
         if inputs == "probabilities":
             if not np.isfinite(values).all():
                 raise UnusableRow(Status.NAN_ROW)
+            values = np.maximum(values, 0.0)  # what is below 0 is no mass
             if not values.any():
                 raise UnusableRow(Status.EMPTY_ROW)
             return values if shaker is None else shaker(values)

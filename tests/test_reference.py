@@ -680,3 +680,12 @@ def test_keep_path_moves_the_accepted_slots_and_nothing_else() -> None:
         expected[1, :, 3:5] = old[1, :, [3, 5]]
         assert torch.equal(new, expected)
     assert torch.equal(inputs["key"], before["key"]) and torch.equal(inputs["value"], before["value"])
+
+
+def test_what_is_below_0_is_no_mass() -> None:
+    """Rows handed over as probabilities may be none; every request has its answer all the same."""
+    rows = torch.tensor([[[-1.0, 0.0, -0.5]] * 3, [[-2.0, 0.5, 0.5]] * 3])
+    arguments = rows, None, torch.tensor([[0, 0, 1]] * 2), torch.tensor([-1, 0, 0]), torch.full((2, 5), 0.3)
+    found = reference.verify(*arguments, proposal="point", inputs="probabilities")
+    assert found.status.tolist() == [Status.EMPTY_ROW, 0]
+    assert found.tokens[1].tolist() == [1, 1, -1]
