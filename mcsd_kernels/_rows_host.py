@@ -119,7 +119,7 @@ def plain_law(logits: torch.Tensor | Array, scale: float, out: Space) -> Status 
         what is wrong with the row, or None.
     """
     # few passes instead of softmax's: the total says whether the largest logit had to be known first
-    unit, exponential = _exponential(len(out.row))
+    unit, exponential = _EXPONENTIAL
     exponents = _exponents(logits, scale * unit, out.tensor, out.row)
     if _is_shallow(exponents, unit):
         exponential(exponents, out.row)
@@ -143,7 +143,7 @@ def plain_laws(logits: torch.Tensor, scale: float, room: Room) -> list[list[floa
     """
     out, _, on_host, blocks = room
     assert on_host is not None and blocks is not None
-    unit, exponential = _exponential(logits.shape[1])
+    unit, exponential = _EXPONENTIAL
     source = host(logits) if logits.dtype == torch.float32 else logits
     source = _exponents(source, scale * unit, out, on_host)
     shallow = [_is_shallow(row, unit) for row in source]
@@ -183,21 +183,6 @@ def _exponents(logits: torch.Tensor | Array, scale: float, out: torch.Tensor, on
 Exponential = Callable[[Array, Array], Any]
 
 
-def _exponential(length: int) -> tuple[float, Exponential]:
-    """What rows of logits this long are multiplied by, and which exponential then takes them into a second argument.
-
-    It gives the same bits wherever an entry lies. NumPy's are up to twice as fast as torch's, unless several threads
-    share a long row.
-    """
-    if length > _ONE_THREAD and torch.get_num_threads() > 1:
-        return 1.0, _torch_exp
-    return _ON_HOST
-
-
-def _torch_exp(exponents: Array, out: Array) -> None:
-    torch.exp(torch.from_numpy(exponents), out=torch.from_numpy(out))
-
-
 def _vectors_exp2() -> bool:
     """Whether NumPy has code for float32 powers of 2 that was made for this processor."""
     try:
@@ -207,9 +192,11 @@ def _vectors_exp2() -> bool:
     return any(not kind["current"].startswith("baseline") for kind in found.get("exp2", {}).values())
 
 
-# Half the time of NumPy's exp if there is such code, several times as much if there is none. The factor rounds a logit
-# once more, as any temperature but 1 does.
-_ON_HOST: tuple[float, Exponential] = (1.0 / math.log(2.0), np.exp2) if _vectors_exp2() else (1.0, np.exp)
+# What logits are multiplied by, and which exponential then takes them into a second argument; an entry has the same
+# bits wherever it lies. Powers of 2 take half the time of NumPy's exp if there is such code, several times as much if
+# there is none. The factor rounds a logit once more, as any temperature but 1 does. On one thread they are sooner done
+# with 131,072 entries than torch's exponential on two.
+_EXPONENTIAL: tuple[float, Exponential] = (1.0 / math.log(2.0), np.exp2) if _vectors_exp2() else (1.0, np.exp)
 
 
 def _is_shallow(row: Array, unit: float) -> bool:
@@ -217,7 +204,6 @@ def _is_shallow(row: Array, unit: float) -> bool:
     return min(row[:: max(len(row) // _LOOKED_AT, 1)].tolist()) > _LOWEST_LOGIT * unit
 
 
-_ONE_THREAD = 1 << 16
 _LOOKED_AT = 8
 _LOWEST_LOGIT = -80.0
 # Within these a row keeps what is 1e-34 of it and more, and factors between two rows stay within float32.

@@ -115,7 +115,7 @@ def backend_law(logits: torch.Tensor, **parameters: float) -> tuple[torch.Tensor
 @pytest.fixture(params=[(1.0, np.exp), (1.0 / math.log(2.0), np.exp2)], ids=["exp", "exp2"])
 def exponential(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both of those between which the processor decides; one of them without what NumPy 1 has not."""
-    monkeypatch.setattr(_rows_host, "_ON_HOST", request.param)
+    monkeypatch.setattr(_rows_host, "_EXPONENTIAL", request.param)
     if request.param[1] is np.exp:
         monkeypatch.setattr(_rows_host, "_DOT", None)
 
