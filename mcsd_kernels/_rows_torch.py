@@ -17,9 +17,10 @@ from ._kept import Kept
 from ._rules import Draw, Mass
 from .types import DRAW_BLOCK, LEAST_TEMPERATURE, Status
 
-# A row this long keeps a core busy by itself; shorter ones are taken together, up to so many float32 entries.
+# A row this long keeps a core busy by itself; shorter ones are taken together, up to so many float32 entries, and rows:
+# what many requests at once leave for Python's garbage collector to look through takes longer than they do.
 _LONG_ROW = 1 << 13
-_CHUNK_ENTRIES = 1 << 18
+_CHUNK_ENTRIES, _CHUNK_ROWS = 1 << 18, 1 << 9
 _FIRST_TOP_P_SLICE = 64
 
 _NONE = np.zeros(0)
@@ -101,7 +102,7 @@ def host(tensor: torch.Tensor) -> Array:
 
 def chunk_rows(vocab: int) -> int:
     """How many requests to take together; a few rows stay in the cache from one pass to the next."""
-    return 1 if vocab >= _LONG_ROW else _CHUNK_ENTRIES // padded(vocab)
+    return 1 if vocab >= _LONG_ROW else min(_CHUNK_ENTRIES // padded(vocab), _CHUNK_ROWS)
 
 
 def padded(vocab: int) -> int:

@@ -388,6 +388,20 @@ def test_bad_arguments(case: str) -> None:
         verify(rows, rows, torch.zeros(2, 3).long(), torch.tensor([-1, 0, 0]), torch.zeros(2, 5), **options)
 
 
+@pytest.mark.parametrize("rule", cases.RULES)
+@pytest.mark.parametrize("vocab", [300, 9000])
+def test_nothing_is_left_of_the_call_before(vocab: int, rule: str) -> None:
+    """A law that is not summed up to 1, and then, in the same memory, one that is."""
+    logits = torch.randn(1, 2, vocab, generator=torch.Generator().manual_seed(0)) + 5.0
+    best = logits[0].argmax(-1)
+    call: dict[str, Any] = {"tokens": torch.tensor([[0, int(best[0])]]), "parents": torch.tensor([-1, 0])}
+    call |= {"uniforms": torch.full((1, 4), 0.5), "rule": rule, "proposal": "point"}
+    for sampling in (SamplingParams(), SamplingParams(0.0), SamplingParams(), SamplingParams(1.0, top_k=1)):
+        found = verify(logits, None, **call, sampling=sampling)
+        if sampling != SamplingParams():
+            assert found.length.item() == 2 and found.tokens.tolist() == [best.tolist()]
+
+
 def test_no_request_reads_what_a_broken_one_left_behind() -> None:
     """Rooms are kept between calls, and a leaf at which a neighbour subtracts q has no q of its own."""
     even = torch.full((2, 2, 5), 0.2)
