@@ -11,6 +11,7 @@ import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from mcsd_kernels import SamplingParams, Status, _rows_host, _rows_torch, reference
+from mcsd_kernels._rules import Mass
 from mcsd_kernels.sampling import RANGES, pack
 
 FIELDS = ("temperature", "top_k", "top_p", "min_p")
@@ -167,6 +168,30 @@ def test_a_row_has_the_same_bits_beside_any_other(threads: int) -> None:
                 assert torch.equal(alone.weights[0], laws[row]), (vocab, row)
     finally:
         torch.set_num_threads(set_threads)
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["all-tokens", "some-tokens"])
+@pytest.mark.parametrize("w", [1.0, 1e-3, 1e-20])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 3.0, 1e6])
+def test_what_is_left_of_a_law(beta: float, w: float, columns: bool) -> None:
+    """(p - beta / w q)_+ where neither is summed up to 1, and the factor between them may leave float32's range."""
+    rng = np.random.default_rng(3)
+    vocab, ids = 3000, np.sort(np.random.default_rng(4).permutation(3000)[:700])
+    for p_total, q_total in ((1.0, 1.0), (7e3, 0.2), (9e19, 2e-4), (2e-4, 9e19)):
+        p, q = _rows_host.Space(vocab), _rows_host.Columns(ids) if columns else _rows_host.Space(vocab)
+        out = _rows_host.Space(vocab)
+        out.row.fill(math.nan)
+        law = rng.random(vocab) ** 9
+        other = np.zeros(vocab)
+        other[ids] = rng.random(len(ids)) * (rng.random(len(ids)) < 0.7) * w / max(beta, w)
+        p.row[:], p.total = law / law.sum() * p_total, p_total
+        q.row[:], q.total = (other[ids] if columns else other) * q_total, q_total
+        with np.errstate(all="ignore"):
+            unit = _rows_host.fill(p, q, Mass(w, beta, (5, 7)), out)
+        wanted = np.maximum(law / law.sum() - beta / w * other, 0.0)
+        wanted[[5, 7]] = 0.0
+        assert np.abs(out.row / np.float64(unit) - wanted).max() < 1e-6
+        assert out.masses() == pytest.approx([block.sum(dtype=np.float64) for block in out.blocks], rel=1e-6)
 
 
 SETTINGS: list[Any] = [
