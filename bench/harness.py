@@ -90,11 +90,15 @@ def interleave(contenders: dict[str, Callable[[], Any]], rounds: int, warmup: in
     return times
 
 
-def alone(contenders: dict[str, Callable[[], Any]], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
-    """As `interleave`, but each contender has its loop to itself: its inputs and code are in the caches."""
-    times: dict[str, list[float]] = {}
-    for name, call in contenders.items():
-        times |= interleave({name: call}, rounds, warmup)
+def alone(contenders: dict[str, Callable[[], Any]], rounds: int, loops: int = 7) -> dict[str, list[float]]:
+    """As `interleave`, but each contender has loops to itself, in which its inputs and code are in the caches.
+
+    The loops take turns: a loop may take less time than a slow moment of the machine. Returned is each loop's median.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(loops):
+        for name, call in contenders.items():
+            times[name].append(statistics.median(interleave({name: call}, rounds)[name]))
     return times
 
 

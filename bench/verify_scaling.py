@@ -67,7 +67,7 @@ class Cpu:
         contenders = {"pass": self._cold.sum, "verify": harness.ours(inputs)}
         times = harness.interleave(contenders, rounds, WARMUP)
         rates = [self.cold_bytes / (time / 1e3) for time in times["pass"]]
-        warm = harness.alone({"verify": harness.ours(inputs)}, rounds, WARMUP)["verify"]
+        warm = harness.interleave({"verify": harness.ours(inputs)}, rounds, WARMUP)["verify"]
         return times["verify"], rates, statistics.median(warm)
 
     def free_bytes(self) -> int:
