@@ -141,7 +141,7 @@ def verify_cpu(rows: list[Row]) -> Table | None:
         ]
         for row in rows
     ]
-    head = [f"from raw logits, overlap {overlap:.2f}", "`verify`", "rival", "taking turns", "each in a loop of its own"]
+    head = [f"from raw logits, overlap {overlap:.2f}", "`verify`", "rival", "taking turns", "each in loops of its own"]
     return Table(head, body, rows, "CPU time, float32, medians.")
 
 

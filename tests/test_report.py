@@ -204,7 +204,7 @@ def test_a_table_reads_as_its_rows() -> None:
     assert table is not None
     lines = table.markdown("rows.jsonl").splitlines()
     assert lines[0] == (
-        "| from raw logits, overlap 0.62 | `verify` | rival | taking turns | each in a loop of its own |"
+        "| from raw logits, overlap 0.62 | `verify` | rival | taking turns | each in loops of its own |"
     )
     assert lines[1] == "|---|---|---|---|---|"
     assert lines[2] == "| 8 chains | 0.38 ms | 1.23 ms, only the log-sum-exp of all rows | 3.3 × | 4.8 × |"
